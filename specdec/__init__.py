@@ -1,0 +1,39 @@
+"""specdec makes text generation faster without changing the text: speculative decoding, batched and lossless."""
+
+from specdec.draft import Draft, Drafter
+from specdec.engine import Engine, Output, Piece
+from specdec.errors import (
+    CheckpointError,
+    ConfigError,
+    GenerationError,
+    ModelError,
+    PromptError,
+    SpecDecError,
+    VocabularyError,
+)
+from specdec.generate import generate
+from specdec.load import load
+from specdec.requests import Settings
+from specdec.stats import Stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Draft",
+    "Drafter",
+    "Engine",
+    "GenerationError",
+    "ModelError",
+    "Output",
+    "Piece",
+    "PromptError",
+    "Settings",
+    "SpecDecError",
+    "Stats",
+    "VocabularyError",
+    "__version__",
+    "generate",
+    "load",
+]

@@ -1,0 +1,51 @@
+"""What a drafter proposes, and the protocol every drafter follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from specdec.sequences import Sequences, Step
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Proposed tokens of B rows, and the exact laws they were drawn from.
+
+    tokens [B, K] int64; lengths [B] int64, how many of them each row really proposes (the rest is padding);
+    probs [B, K, V] float32, where ``probs[b, i]`` is the very tensor ``tokens[b, i]`` was drawn from, or None when
+    every proposal is certain (one-hot laws: lookups, greedy drafts).
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    probs: Tensor | None = None
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> Draft:
+        """No proposal for any row: the step becomes plain decoding."""
+        zeros = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        return cls(zeros, torch.zeros(rows, dtype=torch.long, device=device))
+
+
+class Drafter(Protocol):
+    """Anything that proposes tokens. It returns only the draft and never touches the user's models or configs."""
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Make room for ``rows`` rows of at most ``length`` tokens; called before a run."""
+
+    def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
+        """Propose up to ``lengths[b]`` tokens for each live row; fewer (or none) is always allowed."""
+
+    def observe(self, step: Step) -> None:
+        """Learn what was committed; called once after every step."""
+
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Slot ``target`` now holds the first ``length`` (default: all) tokens of slot ``source``'s row."""
+
+    def free(self, rows: int) -> None:
+        """Only the first ``rows`` slots are still in use."""

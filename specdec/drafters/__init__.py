@@ -1,0 +1,1 @@
+"""One file per way to guess; ``specdec.draft.Drafter`` is the contract."""

@@ -1,0 +1,286 @@
+"""The loop: draft, verify in one pass, accept, commit. Batched, ragged, with rows that come and go.
+
+Plain decoding is this loop with no draft tokens; there is no second program.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from specdec.control import FixedLength
+from specdec.draft import Draft, Drafter
+from specdec.errors import GenerationError, SpecDecError
+from specdec.lm.base import CachedLM, catch_up
+from specdec.requests import Limits, Prompts, Settings, build_requests
+from specdec.sequences import Request, Row, Sequences, Step
+from specdec.stats import Stats
+from specdec.text import TextStream, decode
+from specdec.verify import RULES
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a call gives, one entry per output: prompts in their order, the n samples of a prompt side by side.
+
+    finish_reasons: "eos", "stop", "length" or "error". from_draft marks the new tokens that the drafter guessed.
+    texts is None without a tokenizer, logprobs None unless asked for.
+    """
+
+    token_ids: list[list[int]]
+    texts: list[str] | None
+    finish_reasons: list[str]
+    logprobs: list[list[float]] | None
+    from_draft: list[list[bool]]
+    seeds: list[int]
+    errors: list[SpecDecError | None]
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of output ``index``; the pieces of an output, joined, are its text. The last one has a reason."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+
+
+class Engine:
+    """A target, perhaps a drafter, and the loop over them. Keeps models and caches between calls.
+
+    Not thread-safe: one call at a time, because rows live in the models' caches.
+    """
+
+    def __init__(
+        self,
+        target: CachedLM,
+        drafter: Drafter | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        eos_ids: frozenset[int] = frozenset(),
+        vocab_size: int | None = None,
+    ) -> None:
+        self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
+        self.limits = Limits(vocab_size or target.vocab_size, target.context, eos_ids)
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        attention_mask: Tensor | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
+        **settings: Any,
+    ) -> Output:
+        """Generate for every prompt; ``settings`` are those of ``specdec.Settings``.
+
+        prompts: text, texts, token ids, lists of them, or a padded tensor with its ``attention_mask`` (also as the
+        mapping that a tokenizer returns). ``on_piece`` is called with each ``Piece`` of text as soon as it is certain.
+        Raises a ``SpecDecError`` before any model runs when something given is wrong; ``GenerationError`` at the end,
+        with all results in it, when a row failed on the way. With ``on_error="return"`` both are in ``errors``.
+        """
+        call = self._call(prompts, attention_mask, settings, streaming=on_piece is not None)
+        for piece in call.pieces() if on_piece is not None else call.quietly():
+            if on_piece is not None:
+                on_piece(piece)
+        output = call.output()
+        failed = [error for error in output.errors if error is not None]
+        if failed and call.settings.on_error == "raise":
+            raise GenerationError(f"{len(failed)} of {len(output.errors)} rows failed; first: {failed[0]}", output)
+        return output
+
+    def stream(self, prompts: Prompts, *, attention_mask: Tensor | None = None, **settings: Any) -> Iterator[Piece]:
+        """Like ``generate``, as an iterator of ``Piece``; a row that fails ends with reason "error"."""
+        return self._call(prompts, attention_mask, settings, streaming=True).pieces()
+
+    def _call(
+        self, prompts: Prompts, attention_mask: Tensor | None, given: dict[str, Any], *, streaming: bool
+    ) -> _Call:
+        settings = Settings.of(given)
+        requests = build_requests(prompts, attention_mask, settings, self.limits, self.tokenizer)
+        errors = [request for request in requests if isinstance(request, SpecDecError)]
+        if errors and settings.on_error == "raise":
+            raise errors[0]
+        return _Call(self, requests, settings, streaming)
+
+
+class _Call:
+    """One run of the loop: its rows, waiting, live and finished, and what it counted."""
+
+    def __init__(
+        self, engine: Engine, requests: list[Request | SpecDecError], settings: Settings, streaming: bool
+    ) -> None:
+        self.engine, self.requests, self.settings = engine, requests, settings
+        self.target, self.drafter = engine.target, engine.drafter
+        self.controller = FixedLength(settings.num_draft_tokens if self.drafter is not None else 0)
+        self.rule = RULES[settings.rule]
+        self.stats = Stats()
+        self.sequences = Sequences(
+            vocab_size=engine.limits.vocab_size,
+            context=engine.limits.context,
+            device=self.target.device,
+            coupled=settings.rule == "coupled",
+            logprobs=settings.logprobs,
+        )
+        self.rows = {
+            index: Row(request, index, self._text(request, streaming), self.target.device)
+            for index, request in enumerate(requests)
+            if isinstance(request, Request)
+        }
+        self.waiting = deque(self.rows.values())
+
+    def steps(self) -> Iterator[Step]:
+        """Run to the end, one step at a time. However it ends, the models' caches are left empty."""
+        started, forward = time.perf_counter(), self.target.forward_seconds
+        drafting = getattr(self.drafter, "forward_seconds", 0.0)
+        self._reserve()
+        try:
+            while self.waiting or len(self.sequences):
+                self._admit()
+                step = self._step()
+                self._release(step)
+                self.stats.total_seconds = time.perf_counter() - started
+                yield step
+        finally:
+            self._free(0)
+            self.stats.total_seconds = time.perf_counter() - started
+            self.stats.verify_seconds = self.target.forward_seconds - forward - self.stats.prefill_seconds
+            self.stats.draft_seconds = getattr(self.drafter, "forward_seconds", 0.0) - drafting
+
+    @torch.inference_mode()
+    def _step(self) -> Step:
+        sequences, drafter = self.sequences, self.drafter
+        sequences.begin_step()
+        lengths = self.controller.choose(sequences)
+        if drafter is not None and any(lengths):
+            draft = drafter.propose(sequences, lengths)
+        else:
+            draft = Draft.empty(len(sequences), sequences.device)
+        logits = self.target.append(torch.cat([sequences.last_tokens, draft.tokens], dim=1))
+        logits = sequences.fit(logits)
+        laws = sequences.laws(logits, draft.tokens)
+        verdict = self.rule(laws, draft, sequences.randomness)
+        step = sequences.commit(logits, draft, verdict)
+        self.target.keep([1 + accepted for accepted in step.accepted])
+        if drafter is not None:
+            drafter.observe(step)
+        self._count(step)
+        return step
+
+    @torch.inference_mode()
+    def _admit(self) -> None:
+        """Waiting rows take free slots, and every live row is read up to its last token."""
+        free = self.settings.max_batch_size - len(self.sequences)
+        joining = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        rows = self.sequences.rows
+        known = {row.request.sample_of for row in rows}
+        siblings = []
+        for row in joining:
+            if row.request.sample_of in known:
+                siblings.append(row)
+            else:
+                known.add(row.request.sample_of)
+                rows.append(row)
+        before = self.target.forward_seconds
+        self._catch_up()
+        for row in siblings:
+            self._share_prompt(row)
+        if siblings:
+            self._catch_up()
+        self.stats.prefill_seconds += self.target.forward_seconds - before
+        self.stats.num_requests += len(joining)
+        self.stats.num_prompt_tokens += sum(len(row.request.prompt) for row in joining)
+
+    def _catch_up(self) -> None:
+        catch_up(self.target, [row.tokens for row in self.sequences.rows], self.sequences.starts, slack=1)
+
+    def _share_prompt(self, row: Row) -> None:
+        """Give a new row the prompt that a live sample of the same prompt has already read."""
+        rows = self.sequences.rows
+        source = next(slot for slot, other in enumerate(rows) if other.request.sample_of == row.request.sample_of)
+        if self.target.starts[source] == 0:
+            self._copy(source, len(rows), len(row.request.prompt) - 1)
+        rows.append(row)
+
+    def _release(self, step: Step) -> None:
+        """Finished rows leave; the last rows take their slots."""
+        if step.finished:
+            self.sequences.remove(step.finished, self._copy)
+            self._free(len(self.sequences))
+
+    def _copy(self, source: int, target: int, length: int | None = None) -> None:
+        self.target.copy(source, target, length)
+        if self.drafter is not None:
+            self.drafter.copy(source, target, length)
+
+    def _free(self, rows: int) -> None:
+        self.target.free(rows)
+        if self.drafter is not None:
+            self.drafter.free(rows)
+
+    def _reserve(self) -> None:
+        """Size the caches by what was asked for."""
+        if not self.rows:
+            return
+        rows = min(self.settings.max_batch_size, len(self.rows))
+        longest = max(row.request.max_length for row in self.rows.values())
+        length = longest + self.settings.num_draft_tokens + 1
+        self.target.reserve(rows, min(length, self.target.context + self.settings.num_draft_tokens + 1))
+        if self.drafter is not None:
+            self.drafter.reserve(rows, length)
+
+    def _count(self, step: Step) -> None:
+        self.stats.num_target_passes += 1
+        for drafted, accepted, committed in zip(step.drafted, step.accepted, step.committed, strict=True):
+            self.stats.count_row(drafted, accepted, committed)
+
+    def _text(self, request: Request, streaming: bool) -> TextStream | None:
+        tokenizer = self.engine.tokenizer
+        return TextStream(tokenizer, request.stop) if tokenizer is not None and (streaming or request.stop) else None
+
+    def quietly(self) -> Iterator[Piece]:
+        """Run to the end; nothing to show on the way."""
+        for _ in self.steps():
+            pass
+        return iter(())
+
+    def pieces(self) -> Iterator[Piece]:
+        """Run to the end, giving out each row's text as soon as it is certain."""
+        for index, request in enumerate(self.requests):
+            if isinstance(request, SpecDecError):
+                yield Piece(index, "", [], "error")
+        for step in self.steps():
+            for row, committed in zip(step.rows, step.committed, strict=True):
+                text = row.text.take() if row.text is not None else ""
+                yield Piece(row.index, text, row.tokens[len(row.tokens) - committed :], row.finish_reason)
+
+    def output(self) -> Output:
+        """The results, in the order of the prompts."""
+        rows = [self.rows.get(index) for index in range(len(self.requests))]
+        errors = [
+            request if isinstance(request, SpecDecError) else (row.error if row else None)
+            for request, row in zip(self.requests, rows, strict=True)
+        ]
+        return Output(
+            token_ids=[row.new_tokens if row else [] for row in rows],
+            texts=None if self.engine.tokenizer is None else [self._final_text(row) for row in rows],
+            finish_reasons=[(row.finish_reason if row else None) or "error" for row in rows],
+            logprobs=[row.logprobs if row else [] for row in rows] if self.settings.logprobs else None,
+            from_draft=[row.from_draft if row else [] for row in rows],
+            seeds=[row.request.seed if row else -1 for row in rows],
+            errors=errors,
+            stats=self.stats,
+        )
+
+    def _final_text(self, row: Row | None) -> str:
+        if row is None or self.engine.tokenizer is None:
+            return ""
+        return row.text.text if row.text is not None else decode(self.engine.tokenizer, row.new_tokens)

@@ -1,0 +1,37 @@
+"""``specdec.generate``: one call from a model and prompts to text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from specdec.draft import Drafter
+from specdec.engine import Output, Piece
+from specdec.load import ModelLike, load
+from specdec.requests import Prompts, Settings
+
+
+def generate(
+    model: ModelLike,
+    prompts: Prompts,
+    *,
+    draft: ModelLike | Drafter | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention_mask: Tensor | None = None,
+    on_piece: Callable[[Piece], None] | None = None,
+    **settings: Any,
+) -> Output:
+    """Generate text for every prompt, faster with a ``draft`` and never different for it.
+
+    ``model``, ``draft``, ``tokenizer``, ``dtype`` and ``device`` are those of ``specdec.load``, the others those of
+    ``Engine.generate``; ``settings`` are the fields of ``specdec.Settings``. Use ``specdec.load`` to keep models
+    between calls.
+    """
+    Settings.of(settings)  # what is wrong with the settings is said before a model is loaded
+    engine = load(model, draft=draft, tokenizer=tokenizer, dtype=dtype, device=device)
+    return engine.generate(prompts, attention_mask=attention_mask, on_piece=on_piece, **settings)

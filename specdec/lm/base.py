@@ -1,0 +1,162 @@
+"""CachedLM: a language model together with the cache it owns; the only place that knows rows are ragged."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FILL_TOKENS = 2048  # tokens of one prefill pass; bounds its memory: scores grow with pass x context
+
+
+class CachedLM(ABC):
+    """A model that reads tokens row by row and remembers them.
+
+    ``append`` reads tokens and commits nothing; ``keep`` commits some of them and forgets the rest. Rows live in
+    slots 0, 1, 2, ...; live rows are a contiguous prefix, so that a pass works on views.
+
+    vocab_size is the width of the logits, context the longest row the model can read. ``lengths[b]`` counts the
+    committed tokens of slot b, ``starts[b]`` says which token of the row's text the first of them is (more than 0
+    only for a row that outgrew the context), ``forward_seconds`` is the time spent in the model.
+    """
+
+    def __init__(self, vocab_size: int, context: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.vocab_size, self.context = vocab_size, context
+        self.device, self.dtype = device, dtype
+        self.lengths: list[int] = []
+        self.starts: list[int] = []
+        self.forward_seconds = 0.0
+        self._pending: list[int] = []
+
+    @torch.inference_mode()
+    def reserve(self, rows: int, length: int) -> None:
+        """Make room for ``rows`` rows of ``length`` tokens, drafts included."""
+        missing = rows - len(self.lengths)
+        for counts in (self.lengths, self.starts, self._pending):
+            counts.extend([0] * missing)
+        self._reserve(rows, length)
+
+    @torch.inference_mode()
+    def append(
+        self, tokens: Tensor, counts: Sequence[int] | None = None, *, first: int = 0, last_only: bool = False
+    ) -> Tensor:
+        """Read tokens [B, T] in the slots ``first``, ``first + 1``, ...; return their logits [B, T, V].
+
+        ``counts[b]`` says how many of a row's T tokens are real (all by default); the rest is padding on the right.
+        Further appends go on behind the real ones. With ``last_only`` the logits of each row's last real token only,
+        [B, V].
+        """
+        started = time.perf_counter()
+        rows, width = tokens.shape
+        lengths = [self.lengths[first + b] + self._pending[first + b] for b in range(rows)]
+        hidden = self._forward(tokens.to(self.device), lengths, first)
+        if last_only:
+            ends = torch.tensor(counts if counts is not None else [width] * rows, device=self.device) - 1
+            hidden = hidden[torch.arange(rows, device=self.device), ends]
+        logits = self._head(hidden)
+        self._read(rows, width, counts, first)
+        self.forward_seconds += time.perf_counter() - started
+        return logits
+
+    @torch.inference_mode()
+    def fill(self, texts: Sequence[Sequence[int]], *, first: int = 0) -> None:
+        """Read and commit one text per slot, whatever their lengths, in passes of bounded size; no logits."""
+        started = time.perf_counter()
+        width = max(1, FILL_TOKENS // len(texts))
+        for begin in range(0, max(map(len, texts)), width):
+            chunks = [text[begin : begin + width] for text in texts]
+            counts = [len(chunk) for chunk in chunks]
+            longest = max(counts)
+            tokens = torch.tensor([[*chunk, *[0] * (longest - len(chunk))] for chunk in chunks], device=self.device)
+            self._forward(tokens, self.lengths[first : first + len(texts)], first)
+            self._read(len(texts), longest, counts, first)
+            self.keep(counts, first=first)
+        self.forward_seconds += time.perf_counter() - started
+
+    def keep(self, counts: Sequence[int], *, first: int = 0) -> None:
+        """Commit the first ``counts[b]`` appended tokens of each row; the rest was never there."""
+        for b, count in enumerate(counts):
+            slot = first + b
+            assert 0 <= count <= self._pending[slot], (count, self._pending[slot])
+            self.lengths[slot] += count
+            self._pending[slot] = 0
+
+    def restart(self, slot: int, start: int) -> None:
+        """Forget the row in ``slot``; its cache begins anew at token ``start`` of its text."""
+        self.lengths[slot], self.starts[slot], self._pending[slot] = 0, start, 0
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Slot ``target`` becomes the first ``length`` (default: all) committed tokens of slot ``source``."""
+        length = self.lengths[source] if length is None else length
+        self._copy(source, target, length)
+        self.lengths[target], self.starts[target], self._pending[target] = length, self.starts[source], 0
+
+    @torch.inference_mode()
+    def free(self, rows: int) -> None:
+        """Only the first ``rows`` slots are still in use; the others are emptied."""
+        used = max((slot + 1 for slot, length in enumerate(self.lengths) if length), default=0)
+        if used > rows:
+            self._wipe(rows, used)
+        for slot in range(rows, len(self.lengths)):
+            self.restart(slot, 0)
+
+    def _read(self, rows: int, width: int, counts: Sequence[int] | None, first: int) -> None:
+        for b in range(rows):
+            self._pending[first + b] += width if counts is None else counts[b]
+
+    @abstractmethod
+    def _reserve(self, rows: int, length: int) -> None: ...
+
+    @abstractmethod
+    def _forward(self, tokens: Tensor, lengths: list[int], first: int) -> Tensor:
+        """Hidden states [B, T, ...] of tokens [B, T] that follow ``lengths[b]`` cached ones."""
+
+    @abstractmethod
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states."""
+
+    @abstractmethod
+    def _copy(self, source: int, target: int, length: int) -> None: ...
+
+    @abstractmethod
+    def _wipe(self, first: int, last: int) -> None: ...
+
+
+def window_start(length: int, context: int) -> int:
+    """Where the window of a text of ``length`` tokens begins, in a model that can read ``context`` of them.
+
+    0 while the text fits; past that the window hops, each time forgetting the older half, so that most tokens are
+    read with a cache. It depends on the length alone, so drafting cannot change what the target has seen.
+    """
+    if length <= context:
+        return 0
+    hop = context - context // 2
+    return -(-(length - context) // hop) * hop
+
+
+def catch_up(lm: CachedLM, texts: Sequence[Sequence[int]], starts: Sequence[int], slack: int) -> None:
+    """Bring the caches of slots 0, 1, ... up to the last token of their texts, which stays unread.
+
+    Rows with at most ``slack`` unread tokens are left as they are; the others read theirs in bounded passes, rows in
+    neighbouring slots together. ``starts[b]`` is where row b's window must begin; a row whose cache begins elsewhere
+    is read anew.
+    """
+    behind: list[list[Sequence[int]]] = []
+    places: list[int] = []
+    for slot, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        if lm.starts[slot] != start:
+            lm.restart(slot, start)
+        unread = text[start + lm.lengths[slot] : -1]
+        if len(unread) < slack:
+            continue
+        if places and places[-1] + len(behind[-1]) == slot:
+            behind[-1].append(unread)
+        else:
+            places.append(slot)
+            behind.append([unread])
+    for slot, group in zip(places, behind, strict=True):
+        lm.fill(group, first=slot)

@@ -1,0 +1,41 @@
+"""Our GPT, fast: weights packed for the processor, a ragged cache, logits only where they are needed."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from specdec.lm.base import CachedLM
+from specdec.lm.cache import RaggedCache
+from specdec.nn.gpt import GPT
+from specdec.nn.packed import pack_linears
+
+
+class NativeLM(CachedLM):
+    """A ``GPT`` with its cache. The given model is not touched: on CPU its projections are packed into a copy."""
+
+    def __init__(self, model: GPT) -> None:
+        weight = model.embed_tokens.weight
+        super().__init__(
+            model.config.vocab_size, model.config.max_position_embeddings, weight.device, weight.dtype
+        )
+        self.model = pack_linears(copy.deepcopy(model)).eval()
+        self.cache = RaggedCache(weight.dtype, weight.device)
+
+    def _reserve(self, rows: int, length: int) -> None:
+        self.cache.reserve(rows, length)
+
+    def _forward(self, tokens: Tensor, lengths: list[int], first: int) -> Tensor:
+        self.cache.begin(lengths, tokens.shape[1], first)
+        return self.model(tokens, self.cache)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(hidden)
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        self.cache.copy(source, target, length)
+
+    def _wipe(self, first: int, last: int) -> None:
+        self.cache.wipe(first, last)

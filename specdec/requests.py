@@ -1,0 +1,264 @@
+"""The door: a user's prompts and settings become validated requests, or errors that say what to do."""
+
+from __future__ import annotations
+
+import difflib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from specdec.control import DEFAULT_DRAFT_TOKENS
+from specdec.errors import ConfigError, PromptError, SpecDecError
+from specdec.sampling import SamplingParams
+from specdec.sequences import Request
+from specdec.verify import RULES
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a call to ``generate`` may set besides models and prompts; the only place of its defaults.
+
+    max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, min_new_tokens and seed are one value for
+    all prompts or a list with one per prompt.
+
+    max_new_tokens: the most tokens to generate per row.
+    temperature: 0 is greedy. top_k 0, top_p 1, min_p 0, repetition_penalty 1: off. As in Hugging Face.
+    min_new_tokens: no end-of-text before that many.
+    seed: output number j draws from its own stream, seed + j (a list: prompt i, sample j: seeds[i] + j). None: new
+        every call. ``Output.seeds`` reports what was used.
+    n: samples per prompt, next to each other in the results.
+    stop: strings that end a row; the text ends before the string, the token ids with the token that completed it.
+    eos_token_id: one or several ids; "model" takes the model's own, None has none.
+    logprobs: also return the target's log-probability (before filters) of every new token.
+    num_draft_tokens: how many tokens to draft per step; 0 is plain decoding.
+    rule: "block" (accepts most), "rejection", or "coupled" (the text of a seed equals plain sampling with it).
+    max_batch_size: rows decoded at a time; others wait and join as rows finish.
+    context: what happens to a row that outgrows the model's context: "stop" ends it (reason "length"), "slide" keeps
+        its most recent tokens.
+    on_error: "raise", or "return": a bad request fails alone, its error in ``Output.errors``.
+    """
+
+    max_new_tokens: int | Sequence[int] = 128
+    temperature: float | Sequence[float] = 0.0
+    top_k: int | Sequence[int] = 0
+    top_p: float | Sequence[float] = 1.0
+    min_p: float | Sequence[float] = 0.0
+    repetition_penalty: float | Sequence[float] = 1.0
+    min_new_tokens: int | Sequence[int] = 0
+    seed: int | Sequence[int] | None = None
+    n: int = 1
+    stop: str | Sequence[str] = ()
+    eos_token_id: int | Sequence[int] | str | None = "model"
+    logprobs: bool = False
+    num_draft_tokens: int = DEFAULT_DRAFT_TOKENS
+    rule: str = "block"
+    max_batch_size: int = 32
+    context: str = "stop"
+    on_error: str = "raise"
+
+    def __post_init__(self) -> None:
+        _choice("rule", self.rule, list(RULES))
+        _choice("context", self.context, ["stop", "slide"])
+        _choice("on_error", self.on_error, ["raise", "return"])
+        _count("n", self.n, 1)
+        _count("max_batch_size", self.max_batch_size, 1)
+        _count("num_draft_tokens", self.num_draft_tokens, 0)
+        stops = [self.stop] if isinstance(self.stop, str) and self.stop else self.stop
+        if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise ConfigError(f"stop must be a non-empty string or several, got {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(stops))
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """Settings from keyword arguments; an unknown one is an error that names the nearest known one."""
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
+                raise ConfigError(f"unknown argument {name!r}; {hint}")
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the loaded models allow: ids below ``vocab_size``, at most ``context`` tokens, the model's own EOS ids."""
+
+    vocab_size: int
+    context: int
+    eos_ids: frozenset[int]
+
+
+def build_requests(
+    prompts: Prompts,
+    attention_mask: Tensor | None,
+    settings: Settings,
+    limits: Limits,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[Request | SpecDecError]:
+    """One request per output, in order; a prompt that cannot run gives its error instead."""
+    texts = token_lists(prompts, attention_mask, tokenizer)
+    if settings.stop and tokenizer is None:
+        raise ConfigError("stop strings need a tokenizer, and this model came without one; pass tokenizer=")
+    eos_ids = _eos_ids(settings.eos_token_id, limits)
+    seeds = _seeds(settings, len(texts))
+    columns = {name: _per_prompt(name, getattr(settings, name), len(texts)) for name in _PER_PROMPT}
+    found: list[Request | SpecDecError] = []
+    for i, tokens in enumerate(texts):
+        values = {name: column[i] for name, column in columns.items()}
+        for j in range(settings.n):
+            try:
+                found.append(_request(i, tokens, values, seeds[i] + j, settings, eos_ids, limits))
+            except SpecDecError as error:
+                found.append(error)
+    return found
+
+
+_PER_PROMPT = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens")
+
+
+def _request(
+    index: int,
+    tokens: list[int],
+    values: dict[str, Any],
+    seed: int,
+    settings: Settings,
+    eos_ids: frozenset[int],
+    limits: Limits,
+) -> Request:
+    slide = settings.context == "slide"
+    check_prompt(index, tokens, limits, slide=slide)
+    _count("max_new_tokens", values["max_new_tokens"], 1)
+    length = len(tokens) + values["max_new_tokens"]
+    return Request(
+        prompt=tuple(tokens),
+        max_length=length if slide else min(length, limits.context),
+        params=SamplingParams(**{name: value for name, value in values.items() if name != "max_new_tokens"}),
+        seed=seed,
+        eos_ids=eos_ids,
+        stop=tuple(settings.stop),
+        slide=slide,
+        sample_of=index,
+    )
+
+
+def check_prompt(index: int, tokens: Sequence[int], limits: Limits, *, slide: bool) -> None:
+    """Raise ``PromptError`` for a prompt that no model may see."""
+    if not tokens:
+        raise PromptError(f"prompt {index} is empty; give it at least one token (for example the end-of-text token)")
+    wrong = next((token for token in tokens if not 0 <= token < limits.vocab_size), None)
+    if wrong is not None:
+        raise PromptError(
+            f"prompt {index} has token id {wrong}; the model knows 0 to {limits.vocab_size - 1}. "
+            "Was it made by another tokenizer?"
+        )
+    if len(tokens) >= limits.context and not slide:
+        raise PromptError(
+            f"prompt {index} has {len(tokens)} tokens; the model reads {limits.context} and needs room for a new one. "
+            'Shorten it, or pass context="slide" to keep its most recent tokens'
+        )
+
+
+def token_lists(
+    prompts: Prompts, attention_mask: Tensor | None, tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[int]]:
+    """Every accepted form of prompts as lists of token ids; padding is dropped here and nowhere else."""
+    if isinstance(prompts, Mapping):
+        return token_lists(prompts["input_ids"], prompts.get("attention_mask"), tokenizer)
+    if isinstance(prompts, Tensor):
+        return _unpad(prompts, attention_mask)
+    if attention_mask is not None:
+        raise ConfigError("attention_mask goes with a tensor of token ids; prompts of other kinds have no padding")
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not isinstance(prompts, Sequence):
+        raise PromptError(f"prompts must be text, lists of token ids or a tensor, got {type(prompts).__name__}")
+    if len(prompts) == 0:
+        raise PromptError("no prompts given; pass at least one")
+    if all(_is_id(token) for token in prompts):
+        prompts = [prompts]  # type: ignore[list-item]
+    return [_tokens_of(prompt, tokenizer) for prompt in prompts]
+
+
+def _tokens_of(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ConfigError("a text prompt needs a tokenizer, and this model came without one; pass tokenizer=")
+        return list(tokenizer(prompt)["input_ids"])
+    if isinstance(prompt, Tensor):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Sequence) or not all(_is_id(token) for token in prompt):
+        raise PromptError(f"a prompt must be text or integer token ids, got {prompt!r:.80}")
+    return [int(token) for token in prompt]
+
+
+def _unpad(tokens: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    if tokens.dim() == 1:
+        tokens = tokens.unsqueeze(0)
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise PromptError(f"a prompt tensor must be integers [rows, tokens], got {tokens.dtype} {list(tokens.shape)}")
+    if attention_mask is None:
+        return [list(map(int, row)) for row in tokens.tolist()]
+    mask = attention_mask.reshape(-1, attention_mask.shape[-1])
+    if mask.shape != tokens.shape:
+        raise PromptError(
+            f"attention_mask must have the shape of the tokens, got {list(mask.shape)} for {list(tokens.shape)}"
+        )
+    return [row[keep.bool()].tolist() for row, keep in zip(tokens, mask.to(tokens.device), strict=True)]
+
+
+def _eos_ids(given: int | Sequence[int] | str | None, limits: Limits) -> frozenset[int]:
+    if given == "model":
+        return limits.eos_ids
+    if given is None:
+        return frozenset()
+    ids = [given] if isinstance(given, int) else given
+    if isinstance(ids, str) or not all(_is_id(i) and 0 <= i < limits.vocab_size for i in ids):
+        raise ConfigError(
+            f'eos_token_id must be token ids from 0 to {limits.vocab_size - 1}, None or "model", got {given!r}'
+        )
+    return frozenset(int(i) for i in ids)
+
+
+def _seeds(settings: Settings, count: int) -> list[int]:
+    """The first seed of each prompt; its further samples count up from there."""
+    if settings.seed is None:
+        return [secrets.randbits(48) for _ in range(count)]
+    if isinstance(settings.seed, Sequence) and not isinstance(settings.seed, str):
+        return [_seed(value) for value in _per_prompt("seed", settings.seed, count)]
+    return [_seed(settings.seed) + i * settings.n for i in range(count)]
+
+
+def _seed(value: object) -> int:
+    if not _is_id(value) or not 0 <= int(value) < 2**60:  # type: ignore[call-overload]
+        raise ConfigError(f"seed must be an integer from 0 to 2**60 - 1, or None, got {value!r}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ConfigError(f"{name} must be one value or one per prompt ({count}), got {len(value)} values")
+    return list(value)
+
+
+def _is_id(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool) and not isinstance(value, Tensor)
+
+
+def _count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def _choice(name: str, value: object, allowed: list[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,212 @@
+"""From logits to laws, and the random numbers that draw tokens from them.
+
+A *law* is the distribution of the next token after every filter, in float32; temperature 0 is the one-hot law of the
+largest logit. The filters are Hugging Face's own processors, in their order, so a law here is a law there.
+
+Random numbers are counter-based: a number is a pure function of (request seed, position, purpose). Nothing is
+consumed, so neighbours, batch order and the number of drafts cannot shift a row's stream. The generator is SplitMix64
+(Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from specdec.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one row draws its tokens; names, meaning and order are those of Hugging Face's ``generate``.
+
+    temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.temperature < math.inf, "temperature", "a finite number >= 0 (0 is greedy)", self.temperature)
+        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", "an integer >= 0 (0 is off)", self.top_k)
+        _require(0 < self.top_p <= 1, "top_p", "in (0, 1] (1 is off)", self.top_p)
+        _require(0 <= self.min_p <= 1, "min_p", "in [0, 1] (0 is off)", self.min_p)
+        _require(
+            0 < self.repetition_penalty < math.inf,
+            "repetition_penalty",
+            "a finite number > 0 (1 is off)",
+            self.repetition_penalty,
+        )
+        _require(
+            _is_int(self.min_new_tokens) and self.min_new_tokens >= 0,
+            "min_new_tokens",
+            "an integer >= 0",
+            self.min_new_tokens,
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the law is one-hot. The only greedy threshold in the library."""
+        return self.temperature == 0
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether the law depends on earlier tokens other than through the model."""
+        return self.repetition_penalty != 1 or self.min_new_tokens > 0
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(condition: bool, name: str, allowed: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {allowed}, got {value!r}")
+
+
+@lru_cache(maxsize=256)
+def warpers(params: SamplingParams) -> LogitsProcessorList:
+    """The filters that read logits alone, in Hugging Face's order: temperature, top-k, top-p, min-p."""
+    found = LogitsProcessorList()
+    if not params.greedy and params.temperature != 1:
+        found.append(TemperatureLogitsWarper(float(params.temperature)))
+    if not params.greedy and params.top_k > 0:
+        found.append(TopKLogitsWarper(params.top_k))
+    if not params.greedy and params.top_p < 1:
+        found.append(TopPLogitsWarper(float(params.top_p)))
+    if not params.greedy and params.min_p > 0:
+        found.append(MinPLogitsWarper(float(params.min_p)))
+    return found
+
+
+def prefix_processors(
+    params: SamplingParams, prompt_length: int, eos_ids: Sequence[int], device: torch.device
+) -> LogitsProcessorList:
+    """The processors that read a row's earlier tokens; they run before the warpers, as in Hugging Face."""
+    found = LogitsProcessorList()
+    if params.repetition_penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
+    if params.min_new_tokens > 0 and eos_ids:
+        found.append(
+            MinNewTokensLengthLogitsProcessor(prompt_length, params.min_new_tokens, list(eos_ids), device=device)
+        )
+    return found
+
+
+def law(logits: Tensor, params: SamplingParams) -> Tensor:
+    """The float32 law of ``logits`` [..., V] under ``params``; the same shape."""
+    if params.greedy:
+        return one_hot(logits.argmax(-1), logits.shape[-1])
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    return warpers(params)(None, flat).softmax(-1).view(logits.shape)
+
+
+def laws(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """One law per position of ``logits`` [B, T, V], row b under ``params[b]``; rows with equal settings go together."""
+    groups: dict[SamplingParams, list[int]] = {}
+    for row, settings in enumerate(params):
+        groups.setdefault(settings, []).append(row)
+    if len(groups) == 1:
+        return law(logits, params[0])
+    result = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    for settings, rows in groups.items():
+        result[rows] = law(logits[rows], settings)
+    return result
+
+
+def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
+    """The law that gives ``tokens`` [...] with certainty, [..., V]."""
+    zeros = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
+    return zeros.scatter_(-1, tokens.unsqueeze(-1), 1.0)
+
+
+def race(probs: Tensor, noise: Tensor) -> Tensor:
+    """Draw a token of each law ``probs`` [..., V]: the winner of an exponential race, argmin noise / probs.
+
+    With Exp(1) noise the winner is distributed as ``probs`` and its runner-up structure makes two laws that race on
+    the same noise agree as often as possible up to a constant (Daliri, Musco, Suresh 2024, arXiv 2408.07978).
+    """
+    return (probs / noise).argmax(-1)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's increment, as a signed 64-bit integer
+_TARGET, _ACCEPT, _DRAFT = 1, 2, 3  # purposes: which stream of a row a number belongs to
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 (torch shifts are arithmetic, so the sign bits are masked away)."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _uniforms(key: Tensor, count: int) -> Tensor:
+    """``count`` numbers in the open interval (0, 1) for each key [...], float64 [..., count]."""
+    counter = torch.arange(1, count + 1, device=key.device) * _GOLDEN
+    bits = (_mix(key.unsqueeze(-1) + counter) >> 11) & 0x1FFFFFFFFFFFFF
+    return (bits.double() + 0.5) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """The random numbers of B rows in one step.
+
+    seeds [B] and starts [B] (the rows' lengths before the step) are int64. ``coupled`` drafters draw with the
+    target's own noise. ``constant`` says that every law is one-hot, so no number can matter and none is computed.
+
+    Acceptance and draft numbers are keyed by the step's start and not by the position they speak of: a position may
+    be drafted again after a rejection, and block verification looks at numbers beyond the place it stops at, so reuse
+    would bias the text. A target draw happens once per position and is keyed by it, which makes the text of a seed
+    the same with and without coupled speculation.
+    """
+
+    seeds: Tensor
+    starts: Tensor
+    coupled: bool = False
+    constant: bool = False
+
+    def accept(self, count: int) -> Tensor:
+        """Uniforms [B, count] for accept decisions, float64."""
+        if self.constant:
+            return torch.full((len(self.seeds), count), 0.5, dtype=torch.float64, device=self.seeds.device)
+        return _uniforms(self._key(_ACCEPT, self.starts), count)
+
+    def target(self, offsets: Tensor, vocab_size: int) -> Tensor:
+        """Exp(1) noise [..., V] for the target's draws at ``starts + offsets``; offsets [B] or [B, n]."""
+        if self.constant:
+            return torch.ones(1, device=self.seeds.device)
+        extra = offsets.dim() - 1
+        starts = self.starts.view(-1, *[1] * extra)
+        return self._noise(self._key(_TARGET, starts + offsets), vocab_size)
+
+    def draft(self, offset: int, vocab_size: int) -> Tensor:
+        """Exp(1) noise [B, V] for the drafter's draw number ``offset`` of this step."""
+        if self.coupled or self.constant:
+            return self.target(torch.full_like(self.starts, offset), vocab_size)
+        return self._noise(_mix(self._key(_DRAFT, self.starts) + offset), vocab_size)
+
+    def _key(self, purpose: int, position: Tensor) -> Tensor:
+        seeds = self.seeds.view(-1, *[1] * (position.dim() - 1))
+        return _mix(_mix(seeds * 4 + purpose) + position * _GOLDEN)
+
+    @staticmethod
+    def _noise(key: Tensor, vocab_size: int) -> Tensor:
+        return -_uniforms(key, vocab_size).log().float()

@@ -1,0 +1,202 @@
+"""The rows of a batch: their tokens, laws and random streams, and the only place that cuts at EOS, stop and length."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import LogitsProcessorList
+
+from specdec.draft import Draft
+from specdec.errors import ModelError, SpecDecError
+from specdec.lm.base import window_start
+from specdec.sampling import Randomness, SamplingParams, laws, prefix_processors
+from specdec.text import TextStream
+from specdec.verify import Verdict
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to generate: validated, in token ids, independent of every other row.
+
+    ``max_length`` counts prompt and new tokens; ``slide`` lets a row outgrow the model's context by keeping its most
+    recent tokens. ``sample_of`` names requests that share a prompt (and its prefill).
+    """
+
+    prompt: tuple[int, ...]
+    max_length: int
+    params: SamplingParams = SamplingParams()
+    seed: int = 0
+    eos_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    slide: bool = False
+    sample_of: int | None = None
+
+
+class Row:
+    """A request under way."""
+
+    _ids = itertools.count()
+
+    def __init__(self, request: Request, index: int, text: TextStream | None, device: torch.device) -> None:
+        self.id = next(Row._ids)
+        self.request, self.index, self.text = request, index, text
+        self.tokens = list(request.prompt)
+        self.logprobs: list[float] = []
+        self.from_draft: list[bool] = []
+        self.finish_reason: str | None = None
+        self.error: SpecDecError | None = None
+        self.processors: LogitsProcessorList = prefix_processors(
+            request.params, len(request.prompt), sorted(request.eos_ids), device
+        )
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """What was generated so far."""
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def remaining(self) -> int:
+        """How many tokens may still come."""
+        return self.request.max_length - len(self.tokens)
+
+    def commit(self, tokens: Sequence[int], accepted: int) -> int:
+        """Enter tokens until one ends the row; return how many entered. The first ``accepted`` came from the draft."""
+        for i, token in enumerate(tokens):
+            self.tokens.append(token)
+            self.from_draft.append(i < accepted)
+            stopped = self.text.push(token) if self.text is not None else False
+            if token in self.request.eos_ids:
+                self.finish("eos")
+            elif stopped:
+                self.finish("stop")
+            elif self.remaining == 0:
+                self.finish("length")
+            if self.finish_reason is not None:
+                return i + 1
+        return len(tokens)
+
+    def finish(self, reason: str) -> None:
+        """End the row."""
+        self.finish_reason = reason
+        if self.text is not None:
+            self.text.finish()
+
+    def fail(self, error: SpecDecError) -> None:
+        """End the row with an error; its neighbours go on."""
+        self.error = error
+        self.finish("error")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one round did: per live row the tokens proposed, accepted and entered, and the rows it ended."""
+
+    rows: list[Row]
+    drafted: list[int]
+    accepted: list[int]
+    committed: list[int]
+    finished: list[int] = field(default_factory=list)
+
+
+class Sequences:
+    """The live rows, in slots 0 .. B-1, as one batch of tensors."""
+
+    def __init__(self, *, vocab_size: int, context: int, device: torch.device, coupled: bool, logprobs: bool) -> None:
+        self.rows: list[Row] = []
+        self.vocab_size, self.context, self.device = vocab_size, context, device
+        self._coupled, self._logprobs = coupled, logprobs
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def begin_step(self) -> None:
+        """Gather what a step needs of its rows: the one host-to-device copy."""
+        columns = [[row.tokens[-1], row.request.seed, len(row.tokens)] for row in self.rows]
+        table = torch.tensor(columns, dtype=torch.long).to(self.device)
+        self.last_tokens = table[:, :1]
+        self.greedy = all(row.request.params.greedy for row in self.rows)
+        self.randomness = Randomness(table[:, 1], table[:, 2], coupled=self._coupled, constant=self.greedy)
+        self._params = [row.request.params for row in self.rows]
+        self._reads_prefix = [b for b, row in enumerate(self.rows) if len(row.processors)]
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each row's window begins: 0 unless it outgrew the context."""
+        return [window_start(len(row.tokens), self.context) for row in self.rows]
+
+    def draft_limits(self) -> list[int]:
+        """The most tokens each row may draft: a step ends with one more, and a window must not hop inside a block."""
+        windows = zip(self.rows, self.starts, strict=True)
+        return [min(row.remaining - 1, start + self.context - len(row.tokens)) for row, start in windows]
+
+    def fit(self, logits: Tensor) -> Tensor:
+        """Logits [..., W] as [..., V] on the batch's device: ids that only pad the head are cut, lacking ones get -inf.
+
+        Sizes of embedding tables are often rounded up, and differently for target and draft.
+        """
+        logits = logits.to(self.device)[..., : self.vocab_size]
+        missing = self.vocab_size - logits.shape[-1]
+        return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+
+    def laws(self, logits: Tensor, drafted: Tensor, at: int = 0) -> Tensor:
+        """Each row's laws, float32 [B, T, V], of logits [B, T, V].
+
+        Position t follows the row's text and ``drafted[:, : at + t]``; processors see exactly that prefix.
+        """
+        if self._reads_prefix:
+            logits = logits.float().clone()
+        for b in self._reads_prefix:
+            text = torch.tensor(self.rows[b].tokens, device=logits.device)
+            for t in range(logits.shape[1]):
+                prefix = torch.cat([text, drafted[b, : at + t].to(text)])
+                logits[b, t] = self.rows[b].processors(prefix[None], logits[b, t][None])[0]
+        return laws(logits, self._params)
+
+    def commit(self, logits: Tensor, draft: Draft, verdict: Verdict) -> Step:
+        """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation."""
+        usable = torch.isfinite(logits.amax(-1)).long().cumprod(-1).sum(-1)  # laws before the first broken one
+        parts = [verdict.accepted, draft.lengths, usable, verdict.next_token]
+        table = torch.cat([torch.stack(parts, dim=1), draft.tokens], dim=1).tolist()
+        logprobs = self._committed_logprobs(logits, draft, verdict) if self._logprobs else None
+        step = Step(list(self.rows), [line[1] for line in table], [line[0] for line in table], [])
+        for b, (accepted, _, usable_laws, next_token, *drafted) in enumerate(table):
+            row = self.rows[b]
+            if accepted >= usable_laws:
+                row.fail(_broken_logits(row))
+                step.committed.append(0)
+            else:
+                step.committed.append(row.commit([*drafted[:accepted], next_token], accepted))
+            if logprobs is not None:
+                row.logprobs.extend(logprobs[b][: step.committed[b]])
+            if row.finish_reason is not None:
+                step.finished.append(b)
+        return step
+
+    def remove(self, slots: Sequence[int], copy: Callable[[int, int], None]) -> None:
+        """Drop the rows in ``slots``; the last rows move into the holes through ``copy(source, target)``."""
+        gone = set(slots)
+        kept = [b for b in range(len(self.rows)) if b not in gone]
+        holes = [b for b in sorted(gone) if b < len(kept)]
+        movers = [b for b in kept if b >= len(kept)]
+        for source, target in zip(movers, holes, strict=True):
+            copy(source, target)
+            self.rows[target] = self.rows[source]
+        del self.rows[len(kept) :]
+
+    def _committed_logprobs(self, logits: Tensor, draft: Draft, verdict: Verdict) -> list[list[float]]:
+        """The target's own log-probability (before filters) of the accepted tokens and the next one, per row."""
+        accepted = verdict.accepted.unsqueeze(1)
+        tokens = torch.nn.functional.pad(draft.tokens, (0, 1)).scatter(1, accepted, verdict.next_token.unsqueeze(1))
+        found: list[list[float]] = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
+        return found
+
+
+def _broken_logits(row: Row) -> ModelError:
+    return ModelError(
+        f"the target's logits for request {row.index} are not finite after {len(row.new_tokens)} new tokens; "
+        "expected finite numbers (or -inf for some tokens). Check the weights, or use float32 instead of float16"
+    )

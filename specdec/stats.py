@@ -1,0 +1,98 @@
+"""Counters of a run and the figures made of them; names follow vLLM's metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from io import StringIO
+
+
+@dataclass
+class Stats:
+    """What a run did. Seconds are wall-clock; rates are pooled over rows and steps, never means of ratios."""
+
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_target_passes: int = 0
+    num_row_steps: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_draft_tokens_per_position: list[int] = field(default_factory=list)
+    num_accepted_tokens_per_position: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+    def count_row(self, drafted: int, accepted: int, committed: int) -> None:
+        """Add one row's part of one step: tokens proposed, kept, and entered into the text."""
+        self.num_row_steps += 1
+        self.num_generated_tokens += committed
+        if drafted == 0:
+            return
+        self.num_drafts += 1
+        self.num_draft_tokens += drafted
+        self.num_accepted_tokens += accepted
+        missing = drafted - len(self.num_draft_tokens_per_position)
+        self.num_draft_tokens_per_position.extend([0] * missing)
+        self.num_accepted_tokens_per_position.extend([0] * missing)
+        for i in range(drafted):
+            self.num_draft_tokens_per_position[i] += 1
+        for i in range(accepted):
+            self.num_accepted_tokens_per_position[i] += 1
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted tokens, bonus excluded; 0 when nothing was drafted."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def acceptance_rate_per_position(self) -> list[float]:
+        """For each draft position, the share of drafts reaching that far that were accepted that far."""
+        pairs = zip(self.num_accepted_tokens_per_position, self.num_draft_tokens_per_position, strict=True)
+        return [accepted / drafted for accepted, drafted in pairs]
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Committed tokens per target pass and row, bonus or correction included; plain decoding is 1."""
+        return self.num_generated_tokens / self.num_row_steps if self.num_row_steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens / seconds of the whole call, prefill included."""
+        return self.num_generated_tokens / self.total_seconds if self.total_seconds else 0.0
+
+    @property
+    def overhead_seconds(self) -> float:
+        """Everything but model forwards: acceptance, drafting logic, bookkeeping, text."""
+        return max(0.0, self.total_seconds - self.prefill_seconds - self.draft_seconds - self.verify_seconds)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title="specdec", show_header=False)
+        for name, value in self._rows():
+            table.add_row(name, value)
+        text = StringIO()
+        Console(file=text, width=80).print(table)
+        return text.getvalue().rstrip()
+
+    def _rows(self) -> list[tuple[str, str]]:
+        positions = " ".join(f"{rate:.0%}" for rate in self.acceptance_rate_per_position)
+        seconds = (
+            f"prefill {self.prefill_seconds:.2f}, draft {self.draft_seconds:.2f}, "
+            f"verify {self.verify_seconds:.2f}, overhead {self.overhead_seconds:.2f}"
+        )
+        return [
+            ("requests", str(self.num_requests)),
+            ("prompt tokens", str(self.num_prompt_tokens)),
+            ("generated tokens", str(self.num_generated_tokens)),
+            ("target passes", str(self.num_target_passes)),
+            ("tokens per second", f"{self.tokens_per_second:.1f}"),
+            ("mean acceptance length", f"{self.mean_acceptance_length:.2f}"),
+            ("acceptance rate", f"{self.acceptance_rate:.1%} ({self.num_accepted_tokens}/{self.num_draft_tokens})"),
+            ("acceptance by position", positions or "-"),
+            ("seconds", f"{self.total_seconds:.2f} ({seconds})"),
+        ]
