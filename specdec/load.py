@@ -62,9 +62,7 @@ def load(
     target_lm = load_lm(target, dtype=wanted, device=place)
     vocab_size = _real_vocab_size(target_lm, tokenizer)
     drafter = _load_drafter(draft, target_lm, tokenizer, wanted, place, vocab_size)
-    return Engine(
-        target_lm, drafter, tokenizer=tokenizer, eos_ids=_eos_ids(target, target_lm), vocab_size=vocab_size
-    )
+    return Engine(target_lm, drafter, tokenizer=tokenizer, eos_ids=_eos_ids(target, target_lm), vocab_size=vocab_size)
 
 
 def load_lm(model: ModelLike, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> CachedLM:
@@ -101,7 +99,9 @@ def load_gpt(directory: Path, config: LlamaConfig, dtype: torch.dtype | None = N
     try:
         model.load_state_dict(state_from_hf(state, config), assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{directory} does not hold the weights that its config.json describes: {error}") from error
+        raise CheckpointError(
+            f"{directory} does not hold the weights that its config.json describes: {error}"
+        ) from error
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     model.requires_grad_(False)
@@ -111,8 +111,10 @@ def load_gpt(directory: Path, config: LlamaConfig, dtype: torch.dtype | None = N
 def check_finite(model: nn.Module) -> None:
     """Raise ``ModelError`` naming the first weight that holds NaN or infinity."""
     for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum(dtype=torch.float32)) and not bool(
-            torch.isfinite(tensor.detach()).all()
+        if (
+            tensor.is_floating_point()
+            and not torch.isfinite(tensor.detach().sum(dtype=torch.float32))
+            and not bool(torch.isfinite(tensor.detach()).all())
         ):
             raise ModelError(
                 f"weight {name!r} holds NaN or infinity; expected finite numbers. "
@@ -179,7 +181,9 @@ def _weight_files(directory: Path) -> list[Path]:
     files = [directory / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{directory} lacks {', '.join(missing)}; weights must be safetensors (nothing is unpickled)")
+        raise CheckpointError(
+            f"{directory} lacks {', '.join(missing)}; weights must be safetensors (nothing is unpickled)"
+        )
     return files
 
 

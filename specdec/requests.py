@@ -182,9 +182,8 @@ def token_lists(
         raise PromptError(f"prompts must be text, lists of token ids or a tensor, got {type(prompts).__name__}")
     if len(prompts) == 0:
         raise PromptError("no prompts given; pass at least one")
-    if all(_is_id(token) for token in prompts):
-        prompts = [prompts]  # type: ignore[list-item]
-    return [_tokens_of(prompt, tokenizer) for prompt in prompts]
+    rows: Sequence[Any] = [prompts] if all(_is_id(token) for token in prompts) else prompts
+    return [_tokens_of(prompt, tokenizer) for prompt in rows]
 
 
 def _tokens_of(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

@@ -45,7 +45,9 @@ class SamplingParams:
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature < math.inf, "temperature", "a finite number >= 0 (0 is greedy)", self.temperature)
+        _require(
+            0 <= self.temperature < math.inf, "temperature", "a finite number >= 0 (0 is greedy)", self.temperature
+        )
         _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", "an integer >= 0 (0 is off)", self.top_k)
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1] (1 is off)", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p", "in [0, 1] (0 is off)", self.min_p)
@@ -80,6 +82,9 @@ def _is_int(value: object) -> bool:
 def _require(condition: bool, name: str, allowed: str, value: object) -> None:
     if not condition:
         raise ConfigError(f"{name} must be {allowed}, got {value!r}")
+
+
+GREEDY = SamplingParams()
 
 
 @lru_cache(maxsize=256)

@@ -13,7 +13,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from specdec.draft import Draft
 from specdec.errors import ModelError, SpecDecError
 from specdec.lm.base import window_start
-from specdec.sampling import Randomness, SamplingParams, laws, prefix_processors
+from specdec.sampling import GREEDY, Randomness, SamplingParams, laws, prefix_processors
 from specdec.text import TextStream
 from specdec.verify import Verdict
 
@@ -28,7 +28,7 @@ class Request:
 
     prompt: tuple[int, ...]
     max_length: int
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = GREEDY
     seed: int = 0
     eos_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()

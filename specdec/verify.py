@@ -134,9 +134,7 @@ def trailing(hits: Tensor) -> Tensor:
     return torch.nn.functional.pad(hits * places, (1, 0)).amax(-1)
 
 
-def _close(
-    target_probs: Tensor, draft: Draft, randomness: Randomness, accepted: Tensor, scale: Tensor
-) -> Verdict:
+def _close(target_probs: Tensor, draft: Draft, randomness: Randomness, accepted: Tensor, scale: Tensor) -> Verdict:
     """Draw the bonus or correction that follows the accepted tokens."""
     law = next_law(target_probs, draft, accepted, scale)
     return Verdict(accepted, race(law, randomness.target(accepted, law.shape[-1])))

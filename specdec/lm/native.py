@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor
 
 from specdec.lm.base import CachedLM
@@ -18,10 +17,8 @@ class NativeLM(CachedLM):
 
     def __init__(self, model: GPT) -> None:
         weight = model.embed_tokens.weight
-        super().__init__(
-            model.config.vocab_size, model.config.max_position_embeddings, weight.device, weight.dtype
-        )
-        self.model = pack_linears(copy.deepcopy(model)).eval()
+        super().__init__(model.config.vocab_size, model.config.max_position_embeddings, weight.device, weight.dtype)
+        self.model = pack_linears(copy.deepcopy(model).eval())
         self.cache = RaggedCache(weight.dtype, weight.device)
 
     def _reserve(self, rows: int, length: int) -> None:

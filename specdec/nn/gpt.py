@@ -108,6 +108,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(dropout)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.frequencies: Tensor
         frequencies, self.rope_scale = rope_frequencies(config)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.apply(self._initialise)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -28,7 +32,7 @@ def can_pack(linear: nn.Linear) -> bool:
     return weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack_linears(model: nn.Module) -> nn.Module:
+def pack_linears(model: Model) -> Model:
     """Replace every linear layer of ``model`` that can be packed, in place; returns the model."""
     for name, child in list(model.named_children()):
         if isinstance(child, nn.Linear):

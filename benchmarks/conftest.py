@@ -1,0 +1,59 @@
+"""The pair that the benchmarks run on, loaded once: the demo's, or a tiny one when benchmarks only have to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from specdec import bench
+from specdec.demo import cache_directory, demo_recipe
+from specdec.draft import Drafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.engine import Engine
+from specdec.load import load
+from specdec.training.data import gather, held_out_prompts
+from specdec.training.recipe import load_recipe
+from specdec.training.trainer import good_at_bfloat16, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a trained pair."""
+    if request.config.getoption("benchmark_disable"):
+        directory, recipe = tmp_path_factory.mktemp("tiny"), load_recipe(ROOT / "models/tiny.toml")
+    else:
+        recipe = demo_recipe()
+        directory = cache_directory() / f"demo-{recipe.fingerprint()[:12]}"
+    if not (directory / "report.json").is_file():
+        train(recipe, directory, progress=False)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def engine(pair: Path) -> Engine:
+    """The pair, loaded in the precision that this processor is good at."""
+    return load(pair / "target", draft=pair / "draft", dtype="bfloat16" if good_at_bfloat16() else "float32")
+
+
+@pytest.fixture(scope="session")
+def drafters(engine: Engine) -> dict[str, Drafter | None]:
+    """Everything that may propose tokens here."""
+    return {bench.PLAIN: None, "draft model": engine.drafter, "prompt lookup": NgramDrafter()}
+
+
+@pytest.fixture(scope="session")
+def prompts(engine: Engine) -> Callable[[int], list[list[int]]]:
+    """Held-out prompts of 128 tokens, as many as asked for."""
+    assert engine.tokenizer is not None
+    found = held_out_prompts(engine.tokenizer, gather("stdlib"), count=16, tokens=128)
+    return lambda count: found[:count]
+
+
+@pytest.fixture(scope="session")
+def plain_speed() -> dict[tuple[int, float], float]:
+    """Tokens per second of plain decoding by (batch, temperature), filled as the plain benchmarks run first."""
+    return {}

@@ -1,0 +1,72 @@
+"""Where does a step's time go? Model forwards against everything else, at batch 1 and 16.
+
+python benchmarks/profile_loop.py        prints a table and writes benchmarks/results/profile_loop.json
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from specdec import bench
+from specdec.demo import cache_directory, demo_recipe
+from specdec.drafters.ngram import NgramDrafter
+from specdec.engine import Engine
+from specdec.load import load
+from specdec.training.data import gather, held_out_prompts
+from specdec.training.trainer import good_at_bfloat16, train
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS, NEW_TOKENS = 5, 96
+
+
+def main() -> None:
+    """Measure, print, write."""
+    recipe = demo_recipe()
+    pair = cache_directory() / f"demo-{recipe.fingerprint()[:12]}"
+    if not (pair / "report.json").is_file():
+        train(recipe, pair)
+    engine = load(pair / "target", draft=pair / "draft", dtype="bfloat16" if good_at_bfloat16() else "float32")
+    assert engine.tokenizer is not None
+    prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=16, tokens=128)
+    table = Table("drafter", "batch", "T", "ms per step", "target", "draft", "everything else")
+    rows = []
+    for name, drafter in {"draft model": engine.drafter, "prompt lookup": NgramDrafter(), "plain": None}.items():
+        for batch in (1, 16):
+            for temperature in (0.0, 1.0):
+                row = measure(Engine(engine.target, drafter), prompts[:batch], temperature)
+                rows.append({"drafter": name, "batch": batch, "temperature": temperature, **row})
+                shares = [f"{row[part]:.1%}" for part in ("verify_share", "draft_share", "overhead_share")]
+                table.add_row(name, str(batch), f"{temperature:g}", f"{row['step_ms']:.2f}", *shares)
+    Console().print(table)
+    RESULTS.mkdir(exist_ok=True)
+    figures = {"machine": bench.machine(), "rows": rows}
+    (RESULTS / "profile_loop.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(engine: Engine, prompts: list[list[int]], temperature: float) -> dict[str, float]:
+    """Medians over rounds of the time per step and the shares of it, prefill left out."""
+    found: list[dict[str, float]] = []
+    for turn in range(ROUNDS + 1):
+        settings = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "eos_token_id": None, "seed": 0}
+        stats = engine.generate(prompts, max_batch_size=16, **settings).stats
+        if turn == 0:
+            continue  # the first round warms caches up
+        decoding = stats.total_seconds - stats.prefill_seconds
+        found.append(
+            {
+                "step_ms": 1e3 * decoding / stats.num_target_passes,
+                "verify_share": stats.verify_seconds / decoding,
+                "draft_share": stats.draft_seconds / decoding,
+                "overhead_share": stats.overhead_seconds / decoding,
+            }
+        )
+    return {name: statistics.median(row[name] for row in found) for name in found[0]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Run the benchmarks, print one table, write benchmarks/results/generate.json with the machine described.
+
+python benchmarks/run.py        (or: make bench)
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from specdec import bench
+
+HERE = Path(__file__).parent
+COLUMNS = ("method", "batch", "temperature", "tokens_per_second", "ratio_to_plain", "acceptance_rate",
+           "mean_acceptance_length", "overhead_share")  # fmt: skip
+
+
+def main() -> int:
+    """Benchmarks' exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "pytest", str(HERE), "--benchmark-enable", "--benchmark-only", "--timeout=0",
+                   f"--benchmark-json={report}", "--benchmark-columns=median,iqr,rounds"]  # fmt: skip
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            return status
+        cells = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
+    rows = sorted((cell["extra_info"] for cell in cells), key=lambda row: (row["temperature"], row["batch"]))
+    table = Table(*(name.replace("_", " ") for name in COLUMNS))
+    for row in rows:
+        table.add_row(*(f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in COLUMNS))
+    Console().print(table)
+    (HERE / "results").mkdir(exist_ok=True)
+    figures = {"machine": bench.machine(), "cells": rows}
+    (HERE / "results/generate.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,210 @@
+"""Measuring ways to generate side by side: the same prompts, interleaved rounds, medians, ratios to plain decoding."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from specdec.draft import Drafter
+from specdec.engine import Engine
+from specdec.stats import Stats
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed call: the new tokens of every row, wall-clock seconds, and the engine's counters if it was ours."""
+
+    token_ids: list[list[int]]
+    seconds: float
+    stats: Stats | None = None
+
+
+Method = Callable[[Sequence[Sequence[int]]], Run]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How one method did on one set of prompts. ``speedup`` is to plain decoding in the same interleaved rounds.
+
+    Seconds are those of the median round; shares are parts of them. ``same_text`` counts rows equal to plain's.
+    """
+
+    method: str
+    batch: int
+    temperature: float
+    tokens_per_second: float
+    speedup: float
+    fastest: float
+    slowest: float
+    rounds: int
+    acceptance_rate: float | None = None
+    mean_acceptance_length: float | None = None
+    acceptance_rate_per_position: list[float] = field(default_factory=list)
+    draft_share: float | None = None
+    verify_share: float | None = None
+    overhead_share: float | None = None
+    same_text: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def engine_method(engine: Engine, **settings: Any) -> Method:
+    """Generate with our engine; end-of-text is ignored so that every method makes the same number of tokens."""
+
+    def run(prompts: Sequence[Sequence[int]]) -> Run:
+        started = time.perf_counter()
+        output = engine.generate(
+            [list(prompt) for prompt in prompts], eos_token_id=None, max_batch_size=len(prompts), **settings
+        )
+        return Run(output.token_ids, time.perf_counter() - started, output.stats)
+
+    return run
+
+
+def own_methods(engine: Engine, drafters: Mapping[str, Drafter], **settings: Any) -> dict[str, Method]:
+    """Plain decoding and one method per drafter, all on the engine's own target."""
+    methods = {PLAIN: engine_method(engine, **{**settings, "num_draft_tokens": 0})}
+    for name, drafter in drafters.items():
+        other = Engine(engine.target, drafter, vocab_size=engine.limits.vocab_size)
+        methods[name] = engine_method(other, **settings)
+    return methods
+
+
+def hf_method(model: PreTrainedModel, **generate_settings: Any) -> Method:
+    """Generate with Hugging Face's ``generate`` on left-padded prompts; see ``hf_model``."""
+
+    def run(prompts: Sequence[Sequence[int]]) -> Run:
+        width = max(map(len, prompts))
+        padded = torch.tensor([[*[0] * (width - len(prompt)), *prompt] for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        inputs = {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
+        started = time.perf_counter()
+        with torch.inference_mode():
+            tokens = model.generate(**inputs, **generate_settings)
+        return Run(tokens[:, width:].tolist(), time.perf_counter() - started)
+
+    return run
+
+
+def hf_model(directory: Path, dtype: str) -> PreTrainedModel:
+    """Hugging Face's own model of a checkpoint, told to ignore end-of-text like every method here."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = None
+    return model
+
+
+def hf_settings(max_new_tokens: int, temperature: float = 0.0) -> dict[str, Any]:
+    """Arguments that make ``generate`` do what our engine does in a benchmark."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    return {"max_new_tokens": max_new_tokens, "pad_token_id": 0, **sampling}
+
+
+def compare(
+    methods: Mapping[str, Method],
+    prompts: Sequence[Sequence[int]],
+    *,
+    rounds: int = 5,
+    temperature: float = 0.0,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Measurement]:
+    """Time every method on ``prompts``, one after the other in each round, after a round to warm up."""
+    runs: dict[str, list[Run]] = {name: [] for name in methods}
+    for turn in range(rounds + 1):
+        for name, method in methods.items():
+            run = method(prompts)
+            progress()
+            if turn > 0:
+                runs[name].append(run)
+    plain = runs.get(PLAIN)
+    return [_summary(name, found, plain, len(prompts), temperature) for name, found in runs.items()]
+
+
+def _summary(name: str, runs: list[Run], plain: list[Run] | None, batch: int, temperature: float) -> Measurement:
+    speeds = [sum(map(len, run.token_ids)) / run.seconds for run in runs]
+    median = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+    speedup, same = float("nan"), None
+    if plain is not None:
+        # Rounds are paired, so that a machine that slows down for a while slows both sides of a ratio.
+        pairs = zip(runs, plain, strict=True)
+        speedup = statistics.median(
+            base.seconds / run.seconds * sum(map(len, run.token_ids)) / sum(map(len, base.token_ids))
+            for run, base in pairs
+        )
+        same = sum(a == b for a, b in zip(median.token_ids, plain[0].token_ids, strict=True))
+    known = _known(median.stats) if median.stats is not None else {}
+    return Measurement(
+        name, batch, temperature, statistics.median(speeds), speedup, max(speeds), min(speeds), len(runs),
+        same_text=same, **known,
+    )  # fmt: skip
+
+
+def _known(stats: Stats) -> dict[str, Any]:
+    total = stats.total_seconds
+    return {
+        "acceptance_rate": stats.acceptance_rate if stats.num_draft_tokens else None,
+        "mean_acceptance_length": stats.mean_acceptance_length,
+        "acceptance_rate_per_position": stats.acceptance_rate_per_position,
+        "draft_share": stats.draft_seconds / total,
+        "verify_share": (stats.verify_seconds + stats.prefill_seconds) / total,
+        "overhead_share": stats.overhead_seconds / total,
+    }
+
+
+def table(measurements: Sequence[Measurement], title: str) -> Table:
+    """The measurements as a table for the terminal."""
+    result = Table(title=title)
+    for heading in ("method", "batch", "T", "tokens/s", "speedup", "acceptance", "mean length", "loop overhead"):
+        result.add_column(heading, justify="left" if heading == "method" else "right")
+    for m in measurements:
+        result.add_row(
+            m.method,
+            str(m.batch),
+            f"{m.temperature:g}",
+            f"{m.tokens_per_second:.0f}",
+            f"{m.speedup:.2f}x",
+            "-" if m.acceptance_rate is None else f"{m.acceptance_rate:.0%}",
+            "-" if m.mean_acceptance_length is None else f"{m.mean_acceptance_length:.2f}",
+            "-" if m.overhead_share is None else f"{m.overhead_share:.0%}",
+            end_section=m is measurements[-1],
+        )
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor() -> str:
+    """The processor's own name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,188 @@
+"""The command line: ``specdec demo | generate | bench | train``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from specdec import __version__
+from specdec.engine import Piece
+from specdec.errors import ConfigError, PromptError, SpecDecError
+from specdec.requests import Settings
+
+app = typer.Typer(
+    help="Faster text generation that does not change the text: a small drafter guesses tokens, the large target "
+    "checks them in one parallel pass. Start with `specdec demo`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+DEFAULTS = Settings()
+
+Target = Annotated[str, typer.Argument(help="Directory or hub id of the target model.", metavar="MODEL")]
+Draft = Annotated[
+    str | None, typer.Option(help="Directory or hub id of a draft model, or 'ngram' (prompt lookup: no model needed).")
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU when there is one.")]
+MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to generate per row.")]
+NumDraftTokens = Annotated[int, typer.Option(help="Tokens drafted per step; 0 is plain decoding.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one clear line, not a traceback."""
+    try:
+        app()
+    except SpecDecError as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}:[/] {error}", highlight=False)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    """Lossless, batched speculative decoding."""
+    if show:
+        print(f"specdec {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    picture: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path("specdec-demo.png"),
+) -> None:
+    """Train a small pair on the standard library's source (first run: minutes), decode with it, compare, check."""
+    from specdec.demo import demo as run
+
+    run(picture, Console())
+
+
+@app.command()
+def generate(
+    model: Target,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeat the option for several.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text file that is one prompt.")] = None,
+    draft: Draft = None,
+    max_new_tokens: MaxNewTokens = 128,
+    num_draft_tokens: NumDraftTokens = DEFAULTS.num_draft_tokens,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that make up this mass; 1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens this likely next to the likeliest; 0 is off.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divide repeated tokens' logits; 1 is off.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End a row before this string; repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Samples per prompt.")] = 1,
+    rule: Annotated[
+        str, typer.Option(help="block, rejection, or coupled (same text as plain with that seed).")
+    ] = "block",
+    stats: Annotated[bool, typer.Option(help="Print counters and rates to stderr.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Continue a prompt. One prompt streams as it is written; several print in order when done.
+
+    Example: specdec generate ./target --draft ./draft --prompt "def main(" --stats
+    """
+    from specdec.load import load
+
+    prompts = [*(prompt or []), *([prompt_file.read_text(encoding="utf-8")] if prompt_file else [])]
+    if not prompts:
+        raise PromptError('no prompt given; pass --prompt "..." or --prompt-file FILE')
+    engine = load(model, draft=draft, dtype=dtype, device=device)
+    single = len(prompts) * n == 1
+
+    def write(piece: Piece) -> None:
+        print(piece.text, end="", flush=True)
+
+    output = engine.generate(
+        prompts, max_new_tokens=max_new_tokens, num_draft_tokens=num_draft_tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
+        n=n, rule=rule, on_piece=write if single else None,
+    )  # fmt: skip
+    for index, text in enumerate(output.texts or []):
+        print("" if single else f"--- {index} ({output.finish_reasons[index]}) ---\n{text}")
+    if stats:
+        Console(stderr=True).print(str(output.stats), highlight=False)
+
+
+@app.command()
+def bench(
+    model: Target,
+    draft: Draft = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Text file; paragraphs between blank lines are prompts. Default: held-out code.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable. Default 1 and 8.")] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    num_draft_tokens: NumDraftTokens = DEFAULTS.num_draft_tokens,
+    temperature: Temperature = 0.0,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; medians are reported.")] = 5,
+    json_file: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw them here (PNG).")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Compare plain decoding, prompt lookup and a draft model on your own model and prompts.
+
+    Example: specdec bench ./target --draft ./draft --prompt-file prompts.txt
+    """
+    from specdec import bench as benchmark
+    from specdec.drafters.ngram import NgramDrafter
+    from specdec.load import load
+    from specdec.picture import draw
+
+    engine = load(model, draft=draft, dtype=dtype, device=device)
+    drafters = {"prompt lookup": NgramDrafter(), **({draft: engine.drafter} if engine.drafter and draft else {})}
+    sizes = batch or [1, 8]
+    prompts = _bench_prompts(engine.tokenizer, prompt_file, max(sizes))
+    settings = {"max_new_tokens": max_new_tokens, "num_draft_tokens": num_draft_tokens, "temperature": temperature}
+    methods = benchmark.own_methods(engine, drafters, **settings, seed=0)
+    found = []
+    for size in sizes:
+        found += benchmark.compare(methods, prompts[:size], rounds=rounds, temperature=temperature)
+    Console().print(benchmark.table(found, f"{model}, medians of {rounds} rounds"))
+    if json_file is not None:
+        figures = {"machine": benchmark.machine(), "measurements": [m.as_dict() for m in found]}
+        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if picture is not None:
+        draw(found, picture, model)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe; see models/ for examples.", metavar="RECIPE.toml")],
+    out: Annotated[
+        Path | None, typer.Option(help="Output directory. Default: next to the recipe, by its name.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of resuming from a checkpoint.")] = False,
+) -> None:
+    """Train a target and its draft together; Ctrl-C saves a checkpoint and the same command goes on from it.
+
+    Example: specdec train models/tiny.toml
+    """
+    from specdec.training.recipe import load_recipe
+    from specdec.training.trainer import train as run
+
+    run(load_recipe(recipe), out or recipe.with_suffix(""), resume=not fresh)
+
+
+def _bench_prompts(tokenizer: PreTrainedTokenizerBase | None, file: Path | None, count: int) -> list[list[int]]:
+    """At least ``count`` prompts: the paragraphs of a file, repeated as needed, or held-out standard library code."""
+    from specdec.training.data import gather, held_out_prompts
+
+    if tokenizer is None:
+        raise ConfigError("bench needs the model's tokenizer, and there is none next to its weights")
+    if file is None:
+        return held_out_prompts(tokenizer, gather("stdlib"), count=count, tokens=128)
+    paragraphs = [part for part in file.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    if not paragraphs:
+        raise PromptError(f"{file} holds no prompt; expected paragraphs between blank lines")
+    return [tokenizer(paragraphs[i % len(paragraphs)])["input_ids"] for i in range(max(count, len(paragraphs)))]

@@ -1,0 +1,122 @@
+"""The main job, on input that every machine has: train a pair, decode with it four ways, check, show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from specdec import bench
+from specdec.drafters.ngram import NgramDrafter
+from specdec.engine import Engine
+from specdec.load import load
+from specdec.picture import draw
+from specdec.text import TextStream
+from specdec.training.data import gather, held_out_prompts
+from specdec.training.recipe import Recipe, parse_recipe
+from specdec.training.trainer import good_at_bfloat16, train
+
+BATCHES = (1, 8)
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 96, 3
+
+
+def cache_directory() -> Path:
+    """Where trained pairs are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "specdec"
+
+
+def demo_recipe() -> Recipe:
+    """The recipe that travels with the package."""
+    text = files("specdec").joinpath("recipes/demo.toml").read_text(encoding="utf-8")
+    return parse_recipe(text, "specdec/recipes/demo.toml")
+
+
+def demo(picture: Path, console: Console) -> None:
+    """Train (first run only), decode held-out code, and print what speculation brings."""
+    recipe = demo_recipe()
+    pair = cache_directory() / f"demo-{recipe.fingerprint()[:12]}"
+    if not (pair / "report.json").is_file():
+        console.print(
+            f"[bold]1. Training[/] a target and a draft GPT together on the standard library's source → {pair}"
+        )
+        train(recipe, pair)
+    else:
+        console.print(f"[bold]1. Trained pair[/] found in {pair}")
+    dtype = "bfloat16" if good_at_bfloat16() else "float32"
+    engine = load(pair / "target", draft=pair / "draft", dtype=dtype)
+    assert engine.tokenizer is not None and engine.drafter is not None
+    prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=max(BATCHES), tokens=PROMPT_TOKENS)
+    console.print(f"[bold]2. Decoding[/] {NEW_TOKENS} tokens after {len(prompts)} held-out prompts, greedy, {dtype}")
+    found = measure(engine, pair / "target", prompts, dtype, console)
+    console.print(bench.table(found, "Held-out code, the same prompts for all"))
+    check(pair, prompts, found, console)
+    show(engine, prompts[0], console)
+    draw(found, picture, "specdec: same text, fewer passes of the large model")
+    best = {batch: max(m.speedup for m in found if m.batch == batch and m.mean_acceptance_length) for batch in BATCHES}
+    console.print(
+        f"[bold green]Best: {best[1]:.2f}x at batch 1, {best[8]:.2f}x at batch 8[/], picture saved to {picture}"
+    )
+
+
+def measure(
+    engine: Engine, target: Path, prompts: Sequence[Sequence[int]], dtype: str, console: Console
+) -> list[bench.Measurement]:
+    """Plain, draft model and prompt lookup on our engine, and Hugging Face's ``generate`` on the same checkpoint."""
+    assert engine.drafter is not None
+    methods = bench.own_methods(
+        engine, {"draft model": engine.drafter, "prompt lookup": NgramDrafter()}, max_new_tokens=NEW_TOKENS
+    )
+    methods["HF generate"] = bench.hf_method(bench.hf_model(target, dtype), **bench.hf_settings(NEW_TOKENS))
+    columns = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(BATCHES) * len(methods) * (ROUNDS + 1))
+        return [
+            measurement
+            for batch in BATCHES
+            for measurement in bench.compare(
+                methods, prompts[:batch], rounds=ROUNDS, progress=lambda: progress.advance(task)
+            )
+        ]
+
+
+def check(pair: Path, prompts: Sequence[Sequence[int]], found: Sequence[bench.Measurement], console: Console) -> None:
+    """Say whether speculation changed any greedy text: in float32, where none may, and as measured."""
+    engine = load(pair / "target", draft=pair / "draft", dtype="float32")
+    plain = engine.generate(prompts, max_new_tokens=NEW_TOKENS, num_draft_tokens=0, eos_token_id=None)
+    lookup = Engine(engine.target, NgramDrafter(), vocab_size=engine.limits.vocab_size)
+    same = total = 0
+    for speculative in (engine, lookup):
+        output = speculative.generate(prompts, max_new_tokens=NEW_TOKENS, eos_token_id=None)
+        same += sum(a == b for a, b in zip(output.token_ids, plain.token_ids, strict=True))
+        total += len(prompts)
+    verdict = "[green]identical to plain decoding[/]" if same == total else "[red]DIFFERENT from plain decoding[/]"
+    console.print(f"[bold]3. Check[/] float32: {same} of {total} speculative greedy texts {verdict}")
+    ours = [m for m in found if m.acceptance_rate is not None and m.same_text is not None]
+    equal, rows = sum(m.same_text or 0 for m in ours), sum(m.batch for m in ours)
+    console.print(
+        f"   as measured above: {equal} of {rows} identical"
+        + ("" if equal == rows else "; rounding in bfloat16 flips a near-tie now and then")
+    )
+
+
+def show(engine: Engine, prompt: Sequence[int], console: Console) -> None:
+    """One completion, tokens of accepted drafts in one colour and the target's own in another."""
+    assert engine.tokenizer is not None
+    output = engine.generate([list(prompt)], max_new_tokens=NEW_TOKENS, eos_token_id=None)
+    text, stream = Text(), TextStream(engine.tokenizer)
+    for token, guessed in zip(output.token_ids[0], output.from_draft[0], strict=True):
+        stream.push(token)
+        text.append(stream.take(), style="green" if guessed else "bold yellow")
+    stream.finish()
+    text.append(stream.take())
+    guessed_share = sum(output.from_draft[0]) / len(output.from_draft[0])
+    console.print(
+        f"[bold]4. One completion[/] [green]guessed by the draft and accepted ({guessed_share:.0%})[/], "
+        "[bold yellow]the target's own[/]"
+    )
+    console.print(Text(engine.tokenizer.decode(prompt[-40:]), style="dim"), text, sep="")

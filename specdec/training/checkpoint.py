@@ -1,0 +1,186 @@
+"""What training writes: checkpoints to continue from, and the finished models as ordinary Hugging Face folders.
+
+A checkpoint is a folder that appears whole or not at all: files first, each flushed to disk, then a manifest with
+their sha256, then one rename. Reading takes the newest one whose manifest holds. Safetensors and JSON; no pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from specdec.errors import CheckpointError
+from specdec.nn.gpt import GPT, state_to_hf
+
+MANIFEST, STATE, META = "manifest.json", "state.safetensors", "meta.json"
+KEEP = 2  # the newest may turn out damaged
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The numbers of a checkpoint. ``identity`` says of which recipe and text; ``seconds`` were spent training."""
+
+    identity: str
+    step: int
+    seconds: float
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run continues from."""
+
+    meta: Meta
+    state: dict[str, Tensor]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write ``checkpoint`` below ``folder`` and drop all but the newest ``KEEP``; its path."""
+
+    def write(target: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in checkpoint.state.items()}, target / STATE)
+        (target / META).write_text(json.dumps(vars(checkpoint.meta), indent=1))
+
+    path = folder / f"step-{checkpoint.meta.step:08d}"
+    write_folder(path, write)
+    for old in _steps(folder)[KEEP:]:
+        shutil.rmtree(old)
+    return path
+
+
+def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest undamaged checkpoint below ``folder``; None when there is none at all.
+
+    ``warn`` is told of every damaged one that was passed over. Raises CheckpointError when all of them are damaged.
+    """
+    problems = []
+    for path in _steps(folder):
+        try:
+            return _read_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            warn(f"{error}; trying the one before")
+    if problems:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is intact ({'; '.join(problems)}); train with resume=False to start over"
+        )
+    return None
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
+    verify_folder(path)
+    try:
+        meta = Meta(**json.loads((path / META).read_text()))
+        return Checkpoint(meta, load_file(path / STATE))
+    except (ValueError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Checkpoints below ``folder``, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a new folder, flush it with its manifest, and put it at ``path`` in one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write(temporary)
+    files = sorted(file for file in temporary.iterdir() if file.is_file())
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    for file in files:
+        _flush(file)
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _flush(temporary / MANIFEST)
+    _flush(temporary)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text)
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def verify_folder(path: Path) -> None:
+    """Raise CheckpointError unless every file in the folder's manifest is there with its sha256."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if _sha256(path / name) != expected["sha256"]:
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Ask the disk to keep a file, or a folder's entries, before going on."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows flushes no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_pretrained(model: GPT, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write ``model`` as a Hugging Face checkpoint that AutoModelForCausalLM, vLLM and llama.cpp load.
+
+    The folder also gets the tokenizer, ``generation_config.json`` with the end of text, and our manifest.
+    """
+
+    def write(target: Path) -> None:
+        config = type(model.config).from_dict(model.config.to_dict())  # the model's own stays as it is
+        config.architectures = ["LlamaForCausalLM"]
+        config.dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+        config.save_pretrained(target)
+        state = {name: tensor.detach().cpu() for name, tensor in state_to_hf(model).items()}
+        save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+        GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(
+            target
+        )
+        tokenizer.save_pretrained(target)
+
+    write_folder(directory, write)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """States of the random generators that dropout draws from."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Continue from what ``random_state`` returned."""
+    torch.set_rng_state(state["random.cpu"].cpu())
+    if device.type == "cuda" and "random.cuda" in state:
+        torch.cuda.set_rng_state(state["random.cuda"].cpu(), device)

@@ -1,0 +1,184 @@
+"""Text to train on: gathering, the held-out split, the tokenizer, and batches that depend on (seed, step) only.
+
+The corpus "stdlib" is the source code of the running interpreter's standard library: about 10 MB of text that every
+user already has, so a first run needs no download.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from specdec.errors import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+HELD_OUT_ONE_IN = 20  # 5 % of the files: about 0.5 MB of the standard library, enough for a loss to 2 digits
+MIN_CHARACTERS = 10_000  # below this there is nothing to learn a vocabulary from
+# Packages and tests of other people, and tables that no person wrote (character maps, compiled topics): they are
+# trivially predictable and would flatter every number we report.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_SKIPPED_FOLDERS |= {"encodings", "pydoc_data"}
+# GPT-2's splitting rule, except that a line break ends a piece: indentation then becomes one token of its own.
+_PIECES = Regex(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*\n|\s+(?!\S)|\s+")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and its name, which decides on which side of the split it falls."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on and documents that no training ever sees; disjoint."""
+
+    training: tuple[Document, ...]
+    held_out: tuple[Document, ...]
+
+    def fingerprint(self) -> str:
+        """sha256 of all names and texts, in order."""
+        digest = hashlib.sha256()
+        for document in (*self.training, *self.held_out):
+            digest.update(f"{document.name}\0{len(document.text)}\0{document.text}".encode())
+        return digest.hexdigest()
+
+
+def gather(source: str, path: Path | None = None) -> Corpus:
+    """The corpus of ``source``: "stdlib", or "path" (a text file, or a folder of them). Raises ConfigError."""
+    if source == "stdlib":
+        documents = _stdlib()
+    elif source == "path":
+        if path is None or not path.exists():
+            raise ConfigError(f"data.path must be an existing file or folder, got {str(path)!r}")
+        documents = _folder(path)
+    else:
+        raise ConfigError(f"data.source must be 'stdlib' or 'path', got {source!r}")
+    size = sum(len(document.text) for document in documents)
+    if size < MIN_CHARACTERS:
+        raise ConfigError(
+            f"data.source = {source!r} holds {size} characters of UTF-8 text, at least {MIN_CHARACTERS} are needed; "
+            "name a folder or file of text with source = 'path' and path = '...'"
+        )
+    return _split(documents)
+
+
+def _stdlib() -> list[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (file for file in root.rglob("*.py") if not file.name.startswith("_sysconfigdata"))
+    kept = (file for file in files if _SKIPPED_FOLDERS.isdisjoint(file.relative_to(root).parts))
+    return _read(root, kept)
+
+
+def _folder(path: Path) -> list[Document]:
+    if path.is_file():
+        return _read(path.parent, [path])
+    files = (file for file in path.rglob("*") if file.is_file())
+    return _read(path, (file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts)))
+
+
+def _read(root: Path, files: Iterable[Path]) -> list[Document]:
+    """Documents of the files that are UTF-8 text, ordered by their path below ``root``."""
+    documents = []
+    for file in files:
+        content = file.read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            continue  # the corpus is defined as the files that are UTF-8
+        if text.strip() and "\0" not in text:
+            documents.append(Document(file.relative_to(root).as_posix(), text.replace("\r\n", "\n")))
+    return sorted(documents, key=lambda document: document.name)
+
+
+def _split(documents: list[Document]) -> Corpus:
+    if len(documents) == 1:  # one file: its last part is held out
+        name, text = documents[0].name, documents[0].text
+        cut = text.rfind("\n", 0, len(text) - len(text) // HELD_OUT_ONE_IN) + 1 or len(text) // 2
+        return Corpus((Document(name, text[:cut]),), (Document(f"{name}#end", text[cut:]),))
+    held_out = {document.name for document in documents if _hash(document.name) % HELD_OUT_ONE_IN == 0}
+    if not held_out or len(held_out) == len(documents):  # few files: exactly one is held out
+        held_out = {min(documents, key=lambda document: _hash(document.name)).name}
+    return Corpus(
+        tuple(document for document in documents if document.name not in held_out),
+        tuple(document for document in documents if document.name in held_out),
+    )
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def train_tokenizer(documents: Sequence[Document], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with at most ``vocab_size`` tokens, among them the end of text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(_PIECES, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        model_max_length=context,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> Tensor:
+    """All documents as one int32 tensor [N], each followed by the end of text."""
+    encodings = tokenizer.backend_tokenizer.encode_batch([document.text for document in documents])
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    pieces = [piece for encoding in encodings for piece in (np.asarray(encoding.ids, dtype=np.int32), end)]
+    return torch.from_numpy(np.concatenate(pieces))
+
+
+def batch(tokens: Tensor, *, rows: int, length: int, seed: int, step: int) -> Tensor:
+    """Random windows [rows, length + 1], int64, of tokens [N]: a pure function of seed and step.
+
+    Philox is counter-based, so a resumed run draws the batches that an uninterrupted one would have drawn.
+    """
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
+    starts = random.integers(0, len(tokens) - length, size=rows)
+    return torch.stack([tokens[start : start + length + 1] for start in starts.tolist()]).long()
+
+
+def windows(tokens: Tensor, *, length: int, limit: int) -> Tensor:
+    """At most ``limit`` windows [M, length + 1], int64, that do not overlap and are spread evenly over tokens [N]."""
+    available = max((len(tokens) - 1) // length, 1)
+    chosen = np.unique(np.linspace(0, available - 1, min(limit, available)).astype(int)).tolist()
+    return torch.stack([tokens[i * length : (i + 1) * length + 1] for i in chosen]).long()
+
+
+def held_out_prompts(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, *, count: int, tokens: int) -> list[list[int]]:
+    """``count`` prompts of exactly ``tokens`` ids that begin at a line of a held-out file; always the same ones."""
+    prompts: list[list[int]] = []
+    attempts = 0
+    while len(prompts) < count:
+        document = corpus.held_out[attempts % len(corpus.held_out)]
+        start = document.text.find("\n", _hash(f"{document.name} {attempts}") % len(document.text)) + 1
+        ids = tokenizer.encode(document.text[start : start + 16 * tokens], add_special_tokens=False)
+        if len(ids) > tokens:  # the last id may be cut in the middle of a word, so one more is asked for
+            prompts.append(ids[:tokens])
+        attempts += 1
+        if attempts > 100 * count + 100 * len(corpus.held_out):
+            raise ConfigError(f"the held-out text is too short for {count} prompts of {tokens} tokens")
+    return prompts

@@ -1,0 +1,223 @@
+"""A recipe: everything that decides a trained target/draft pair, read from one TOML file and checked.
+
+Unknown keys, wrong types and values out of range are errors that name the file, the key and what is allowed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, TypeVar, get_args, get_type_hints
+
+from transformers import LlamaConfig
+
+from specdec.errors import ConfigError
+
+Section = TypeVar("Section", "DataRecipe", "TokenizerRecipe", "ShapeRecipe", "TrainRecipe")
+Value = TypeVar("Value", int, float, bool, str)
+_KINDS: dict[type, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a setting may be: a range with both ends included, or one of some texts."""
+
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def check(self, value: object, where: str) -> None:
+        """Raise ConfigError that names ``where`` unless ``value`` is allowed."""
+        if isinstance(value, str) and self.choices and value not in self.choices:
+            raise ConfigError(f"{where} must be one of {', '.join(map(repr, self.choices))}, got {value!r}")
+        if isinstance(value, int | float):
+            if not math.isfinite(value):
+                raise ConfigError(f"{where} must be finite, got {value!r}")
+            if self.low is not None and value < self.low:
+                raise ConfigError(f"{where} must be >= {self.low:g}, got {value!r}")
+            if self.high is not None and value > self.high:
+                raise ConfigError(f"{where} must be <= {self.high:g}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the text comes from; ``path`` belongs to source = "path" and is relative to the recipe's folder."""
+
+    source: Annotated[str, Allowed(choices=("stdlib", "path"))] = "stdlib"
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """Byte-level BPE: 256 bytes and the end of text are always in the vocabulary."""
+
+    vocab_size: Annotated[int, Allowed(low=257, high=1_000_000)]
+
+
+@dataclass(frozen=True)
+class ShapeRecipe:
+    """The shape of one model, in ``LlamaConfig``'s words."""
+
+    hidden_size: Annotated[int, Allowed(low=8)]
+    num_hidden_layers: Annotated[int, Allowed(low=1)]
+    num_attention_heads: Annotated[int, Allowed(low=1)]
+    num_key_value_heads: Annotated[int, Allowed(low=1)]
+    intermediate_size: Annotated[int, Allowed(low=1)]
+    max_position_embeddings: Annotated[int, Allowed(low=8)] = 1024
+    rope_theta: Annotated[float, Allowed(low=1.0)] = 10000.0
+    tie_word_embeddings: bool = True
+    dropout: Annotated[float, Allowed(low=0.0, high=0.9)] = 0.0
+
+    def config(self, vocab_size: int, eos_token_id: int) -> LlamaConfig:
+        """The Hugging Face configuration of this shape."""
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.hidden_size // self.num_attention_heads,
+            intermediate_size=self.intermediate_size,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            tie_word_embeddings=self.tie_word_embeddings,
+            bos_token_id=None,
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id,
+        )
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """Budget, batches and optimiser. At least one of ``max_steps`` and ``max_seconds`` is positive; 0 is no limit.
+
+    ``max_seconds`` counts from the start of the run, tokenizer included. Only a run limited by steps alone is
+    reproducible bit by bit; one limited by time trains as far as the machine gets.
+    """
+
+    max_steps: Annotated[int, Allowed(low=0)] = 0
+    max_seconds: Annotated[float, Allowed(low=0.0)] = 0.0
+    rows: Annotated[int, Allowed(low=1)] = 8
+    sequence_length: Annotated[int, Allowed(low=8)] = 256
+    target_learning_rate: Annotated[float, Allowed(low=0.0, high=1.0)] = 2e-3
+    draft_learning_rate: Annotated[float, Allowed(low=0.0, high=1.0)] = 4e-3
+    final_learning_rate: Annotated[float, Allowed(low=0.0, high=1.0)] = 0.02
+    warmup: Annotated[float, Allowed(low=0.0, high=0.9)] = 0.02
+    weight_decay: Annotated[float, Allowed(low=0.0)] = 0.1
+    clip: Annotated[float, Allowed(low=0.0)] = 1.0
+    distillation: Annotated[float, Allowed(low=0.0, high=1.0)] = 0.9
+    precision: Annotated[str, Allowed(choices=("auto", "float32", "bfloat16"))] = "auto"
+    checkpoint_seconds: Annotated[float, Allowed(low=0.0)] = 120.0
+    seed: Annotated[int, Allowed(low=0)] = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One target/draft pair, from data to schedule."""
+
+    name: str
+    data: DataRecipe
+    tokenizer: TokenizerRecipe
+    target: ShapeRecipe
+    draft: ShapeRecipe
+    train: TrainRecipe
+
+    def fingerprint(self) -> str:
+        """sha256 of every setting: two recipes with the same one train the same pair."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """The recipe in a TOML file, or the packaged one of that name ("demo"). Raises ConfigError."""
+    path = Path(name)
+    if path.is_file():
+        return parse_recipe(path.read_text(encoding="utf-8"), str(path), folder=path.parent)
+    packaged = resources.files("specdec") / "recipes"
+    names = sorted(entry.name.removesuffix(".toml") for entry in packaged.iterdir() if entry.name.endswith(".toml"))
+    if str(name) in names:
+        return parse_recipe((packaged / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml")
+    raise ConfigError(f"there is no recipe {str(name)!r}: give a TOML file, or one of {', '.join(names)}")
+
+
+def parse_recipe(text: str, origin: str, *, folder: Path | None = None) -> Recipe:
+    """The recipe written in ``text``; ``origin`` is the file that errors name, ``folder`` what paths start from."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin} is not valid TOML: {error}") from error
+    _check_keys(document, {entry.name for entry in fields(Recipe)}, origin, "")
+    recipe = Recipe(
+        name=_value(document.get("name", Path(origin).stem), str, f"{origin}: name"),
+        data=_section(DataRecipe, document, "data", origin),
+        tokenizer=_section(TokenizerRecipe, document, "tokenizer", origin),
+        target=_section(ShapeRecipe, document, "target", origin),
+        draft=_section(ShapeRecipe, document, "draft", origin),
+        train=_section(TrainRecipe, document, "train", origin),
+    )
+    _check_together(recipe, origin)
+    if recipe.data.path and folder is not None:
+        recipe = replace(recipe, data=replace(recipe.data, path=str((folder / recipe.data.path).resolve())))
+    return recipe
+
+
+def _section(kind: type[Section], document: Mapping[str, object], name: str, origin: str) -> Section:
+    table = document.get(name, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{origin}: {name} must be a table, [{name}], got {table!r}")
+    hints = get_type_hints(kind, include_extras=True)
+    _check_keys(table, set(hints), origin, f"{name}.")
+    values: dict[str, object] = {}
+    for entry in fields(kind):
+        hint = hints[entry.name]
+        value_type, *allowed = get_args(hint) or (hint,)
+        if entry.name in table:
+            where = f"{origin}: {name}.{entry.name}"
+            values[entry.name] = _value(table[entry.name], value_type, where)
+            (allowed[0] if allowed else Allowed()).check(values[entry.name], where)
+        elif entry.default is MISSING:
+            raise ConfigError(f"{origin}: {name}.{entry.name} is missing; it is {_KINDS[value_type]}")
+    return kind(**values)  # type: ignore[arg-type]
+
+
+def _check_keys(table: Mapping[str, object], allowed: set[str], origin: str, prefix: str) -> None:
+    for key in table:
+        if key not in allowed:
+            raise ConfigError(f"{origin}: unknown key {prefix}{key}; allowed are {', '.join(sorted(allowed))}")
+
+
+def _value(given: object, kind: type[Value], where: str) -> Value:
+    if kind is float and type(given) is int:
+        given = float(given)
+    if type(given) is not kind:  # type(), not isinstance: true is no integer
+        raise ConfigError(f"{where} must be {_KINDS[kind]}, got {given!r}")
+    return given
+
+
+def _check_together(recipe: Recipe, origin: str) -> None:
+    for name, shape in (("target", recipe.target), ("draft", recipe.draft)):
+        where = f"{origin}: {name}"
+        if shape.hidden_size % (2 * shape.num_attention_heads):
+            raise ConfigError(
+                f"{where}.hidden_size must be a multiple of twice num_attention_heads ({shape.num_attention_heads}), "
+                f"got {shape.hidden_size}"
+            )
+        if shape.num_attention_heads % shape.num_key_value_heads:
+            raise ConfigError(
+                f"{where}.num_key_value_heads must divide num_attention_heads ({shape.num_attention_heads}), "
+                f"got {shape.num_key_value_heads}"
+            )
+        if recipe.train.sequence_length > shape.max_position_embeddings:
+            raise ConfigError(
+                f"{origin}: train.sequence_length must be <= {name}.max_position_embeddings "
+                f"({shape.max_position_embeddings}), got {recipe.train.sequence_length}"
+            )
+    if not recipe.train.max_steps and not recipe.train.max_seconds:
+        raise ConfigError(f"{origin}: one of train.max_steps and train.max_seconds must be > 0")
+    if (recipe.data.source == "path") != bool(recipe.data.path):
+        raise ConfigError(f"{origin}: data.path goes with data.source = 'path', and only with it")

@@ -1,0 +1,256 @@
+"""Training a target and its draft together: one pass over the text, the same batches, all positions in parallel.
+
+The draft learns from the target's logits of the same step, so it needs no second run and no stored logits; it follows
+a moving teacher, which costs little because both end their schedules together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from specdec.errors import CheckpointError, ConfigError, ModelError
+from specdec.nn.gpt import GPT
+from specdec.training import checkpoint as files
+from specdec.training import data
+from specdec.training.interrupt import Interrupt
+from specdec.training.objective import agreement, pair_losses
+from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
+from specdec.training.progress import TrainingProgress
+from specdec.training.recipe import Recipe, ShapeRecipe
+
+EVALUATION_TOKENS = 16_384  # held-out tokens: a standard error of about 0.4 % on the agreement, in a few seconds
+REPORT = "report.json"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What came out. Losses are nats per token on held-out text; see ``objective.Agreement`` for the agreement."""
+
+    recipe: str
+    identity: str
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    target_parameters: int
+    draft_parameters: int
+    target_loss: float
+    draft_loss: float
+    acceptance: float
+    top1: float
+    device: str
+    dtype: str
+    versions: dict[str, str]
+
+
+def train(recipe: Recipe, out: Path, *, progress: bool = True, resume: bool = True) -> TrainReport:
+    """Train the pair of ``recipe`` into ``out``/target and ``out``/draft, and write ``out``/report.json.
+
+    An unfinished run is continued, a finished one is returned as it is; ``resume=False`` starts over. Ctrl-C and
+    SIGTERM save a checkpoint before they end the run. Raises ConfigError when ``out`` belongs to another recipe or
+    text, CheckpointError when its checkpoints are damaged, ModelError when a loss is not finite.
+    """
+    start = time.monotonic()
+    with TrainingProgress(f"training {recipe.name}", visible=progress) as bar:
+        corpus = data.gather(recipe.data.source, Path(recipe.data.path) if recipe.data.path else None)
+        identity = f"{recipe.fingerprint()[:32]}-{corpus.fingerprint()[:32]}"
+        if not resume:
+            _clear(out)
+        if (finished := _finished(out, identity)) is not None:
+            return finished
+        run = Run(recipe, corpus, identity, start)
+        run.resume(out / "checkpoints", bar)
+        run.loop(out / "checkpoints", bar)
+        report = run.finish(out)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        bar.say(
+            f"{out}: target {report.target_loss:.3f}, draft {report.draft_loss:.3f} nats/token on held-out text; "
+            f"they agree on {report.top1:.1%} of the most probable tokens"
+        )
+    return report
+
+
+class Run:
+    """One run's text, models, optimisers and clock."""
+
+    def __init__(self, recipe: Recipe, corpus: data.Corpus, identity: str, start: float) -> None:
+        self.recipe, self.settings, self.identity = recipe, recipe.train, identity
+        accelerator = Accelerator()
+        if accelerator.num_processes > 1:
+            raise ConfigError(f"training runs in one process, got {accelerator.num_processes}; start it with python")
+        self.device = accelerator.device
+        context = min(recipe.target.max_position_embeddings, recipe.draft.max_position_embeddings)
+        self.tokenizer = data.train_tokenizer(corpus.training, recipe.tokenizer.vocab_size, context)
+        self.training = self._encode(corpus.training)
+        self.held_out = self._encode(corpus.held_out)
+        self.step, self.start, self.steps_here = 0, start, 0
+        torch.manual_seed(self.settings.seed)
+        self._build(_DTYPES.get(self.settings.precision) or fast_dtype(self.device))
+
+    def _encode(self, documents: tuple[data.Document, ...]) -> Tensor:
+        tokens = data.encode(self.tokenizer, documents)
+        if len(tokens) <= self.settings.sequence_length:
+            raise ConfigError(
+                f"the text is too short: {len(tokens)} tokens, and a batch needs windows of "
+                f"{self.settings.sequence_length + 1}; lower train.sequence_length or add text"
+            )
+        return tokens
+
+    def _build(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.target, self.draft = (_model(shape, self.tokenizer) for shape in (self.recipe.target, self.recipe.draft))
+        self.optimizers: list[tuple[MasterAdamW, float]] = []
+        rates = (self.settings.target_learning_rate, self.settings.draft_learning_rate)
+        for model, rate in zip((self.target, self.draft), rates, strict=True):
+            model.to(self.device).train()
+            self.optimizers.append((MasterAdamW(model, dtype, weight_decay=self.settings.weight_decay), rate))
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, interrupted parts included."""
+        return time.monotonic() - self.start
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent, in steps or in time, whichever is more."""
+        by_steps = self.step / self.settings.max_steps if self.settings.max_steps else 0.0
+        by_time = self.seconds / self.settings.max_seconds if self.settings.max_seconds else 0.0
+        return min(max(by_steps, by_time), 1.0)
+
+    def loop(self, folder: Path, bar: TrainingProgress) -> None:
+        """Train until the budget is spent, with checkpoints below ``folder``."""
+        saved = begin = time.monotonic()
+        batch_tokens = self.settings.rows * self.settings.sequence_length
+        with Interrupt() as interrupt:
+            while (progress := self.progress) < 1:
+                losses = self.train_step(progress)
+                now = time.monotonic()
+                speed = self.steps_here * batch_tokens / (now - begin)
+                bar.update(self.progress, losses=losses, tokens_per_second=speed, seconds=self.seconds)
+                due = self.settings.checkpoint_seconds and now - saved >= self.settings.checkpoint_seconds
+                if interrupt.received or due:
+                    path, saved = self.save(folder), now
+                if interrupt.received:
+                    bar.say(f"stopped at step {self.step}; run the same command again to continue from {path}")
+                    interrupt.end_program()
+
+    def train_step(self, progress: float) -> tuple[float, float]:
+        """One update of both models at ``progress`` of the schedule; their losses. Raises ModelError, unchanged."""
+        settings = self.settings
+        shape = {"rows": settings.rows, "length": settings.sequence_length}
+        tokens = data.batch(self.training, seed=settings.seed, step=self.step, **shape).to(self.device)
+        target_loss, draft_loss = pair_losses(self.target, self.draft, tokens, distillation=settings.distillation)
+        torch.autograd.backward([target_loss, draft_loss])
+        norms = [optimizer.gather_gradients() for optimizer, _ in self.optimizers]
+        losses = (target_loss.item(), draft_loss.item())
+        if not all(map(math.isfinite, (*losses, *map(float, norms)))):
+            raise ModelError(
+                f"training diverged at step {self.step}: losses {losses[0]} (target) and {losses[1]} (draft), gradient "
+                f"norms {float(norms[0])} and {float(norms[1])}; lower the learning rates of the recipe"
+            )
+        factor = schedule(progress, warmup=settings.warmup, final=settings.final_learning_rate)
+        for (optimizer, rate), norm in zip(self.optimizers, norms, strict=True):
+            optimizer.step(rate * factor, norm, settings.clip)
+        self.step += 1
+        self.steps_here += 1
+        return losses
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint; its path."""
+        state = files.random_state(self.device)
+        for name, (optimizer, _) in zip(("target", "draft"), self.optimizers, strict=True):
+            state |= {f"{name}.{key}": tensor for key, tensor in optimizer.state().items()}
+        meta = files.Meta(self.identity, self.step, self.seconds, str(self.dtype).removeprefix("torch."))
+        return files.save_checkpoint(folder, files.Checkpoint(meta, state))
+
+    def resume(self, folder: Path, bar: TrainingProgress) -> None:
+        """Continue from the newest intact checkpoint below ``folder``, if there is one."""
+        checkpoint = files.load_checkpoint(folder, bar.say)
+        if checkpoint is None:
+            return
+        _check_identity(checkpoint.meta.identity, self.identity, folder.parent)
+        if _DTYPES[checkpoint.meta.dtype] != self.dtype:
+            self._build(_DTYPES[checkpoint.meta.dtype])
+        for name, (optimizer, _) in zip(("target", "draft"), self.optimizers, strict=True):
+            own = {key: tensor for key, tensor in checkpoint.state.items() if key.startswith(f"{name}.")}
+            optimizer.load({key.removeprefix(f"{name}."): tensor for key, tensor in own.items()})
+        files.set_random_state(checkpoint.state, self.device)
+        self.step = checkpoint.meta.step
+        self.start -= checkpoint.meta.seconds
+        bar.say(f"continuing from step {self.step} in {folder}")
+
+    def finish(self, out: Path) -> TrainReport:
+        """Write both models in float32, measure them on held-out text, and write the report last."""
+        for optimizer, _ in self.optimizers:
+            optimizer.release()
+        trained = self.seconds
+        files.save_pretrained(self.target, self.tokenizer, out / "target")
+        files.save_pretrained(self.draft, self.tokenizer, out / "draft")
+        length = self.settings.sequence_length
+        windows = data.windows(self.held_out, length=length, limit=EVALUATION_TOKENS // length).to(self.device)
+        measured = agreement(self.target, self.draft, windows)
+        tokens = self.step * self.settings.rows * length
+        report = TrainReport(
+            recipe=self.recipe.name,
+            identity=self.identity,
+            steps=self.step,
+            tokens=tokens,
+            seconds=round(trained, 2),
+            tokens_per_second=round(tokens / trained, 1),
+            target_parameters=sum(weight.numel() for weight in self.target.parameters()),
+            draft_parameters=sum(weight.numel() for weight in self.draft.parameters()),
+            **asdict(measured),
+            device=self.device.type,
+            dtype=str(self.dtype).removeprefix("torch."),
+            versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        )
+        files.write_text(out / REPORT, json.dumps(asdict(report), indent=1) + "\n")
+        return report
+
+
+def _model(shape: ShapeRecipe, tokenizer: PreTrainedTokenizerFast) -> GPT:
+    return GPT(shape.config(len(tokenizer), tokenizer.eos_token_id), shape.dropout)
+
+
+def _finished(out: Path, identity: str) -> TrainReport | None:
+    """The report of a finished run in ``out`` whose models are intact; None when there is no finished run."""
+    path = out / REPORT
+    if not path.exists():
+        return None
+    try:
+        report = TrainReport(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; train with resume=False to start over") from error
+    _check_identity(report.identity, identity, out)
+    for name in ("target", "draft"):
+        files.verify_folder(out / name)
+    return report
+
+
+def _check_identity(found: str, expected: str, out: Path) -> None:
+    if found != expected:
+        raise ConfigError(
+            f"{out} holds a pair of another recipe, or of other text; choose another folder, or train with "
+            "resume=False to replace it"
+        )
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier run wrote into ``out``, and nothing else."""
+    (out / REPORT).unlink(missing_ok=True)
+    for name in ("checkpoints", "target", "draft"):
+        shutil.rmtree(out / name, ignore_errors=True)

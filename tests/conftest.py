@@ -1,0 +1,9 @@
+"""Shared set-up: one thread, so that results do not depend on the machine, and the toys on the path."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)
