@@ -152,6 +152,13 @@ def race(probs: Tensor, noise: Tensor) -> Tensor:
     return (probs / noise).argmax(-1)
 
 
+def quantile(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw a token of each law ``probs`` [B, V] by inverting its distribution function at ``uniforms`` [B, 1]."""
+    cumulative = probs.double().cumsum(-1)
+    places = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).squeeze(-1)
+    return places.clamp_(max=probs.shape[-1] - 1)
+
+
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's increment, as a signed 64-bit integer
 _TARGET, _ACCEPT, _DRAFT = 1, 2, 3  # purposes: which stream of a row a number belongs to
 
@@ -202,11 +209,14 @@ class Randomness:
         starts = self.starts.view(-1, *[1] * extra)
         return self._noise(self._key(_TARGET, starts + offsets), vocab_size)
 
-    def draft(self, offset: int, vocab_size: int) -> Tensor:
-        """Exp(1) noise [B, V] for the drafter's draw number ``offset`` of this step."""
+    def draft(self, offset: int, draft_law: Tensor) -> Tensor:
+        """The drafter's token number ``offset`` of this step, [B], drawn from its law [B, V].
+
+        Coupled drafters race on the target's noise; for the others one uniform per row is cheaper than a race.
+        """
         if self.coupled or self.constant:
-            return self.target(torch.full_like(self.starts, offset), vocab_size)
-        return self._noise(_mix(self._key(_DRAFT, self.starts) + offset), vocab_size)
+            return race(draft_law, self.target(torch.full_like(self.starts, offset), draft_law.shape[-1]))
+        return quantile(draft_law, _uniforms(_mix(self._key(_DRAFT, self.starts) + offset), 1))
 
     def _key(self, purpose: int, position: Tensor) -> Tensor:
         seeds = self.seeds.view(-1, *[1] * (position.dim() - 1))

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from specdec.draft import Draft
 from specdec.lm.base import CachedLM, catch_up, window_start
-from specdec.sampling import race
 from specdec.sequences import Sequences, Step
 
 _SLACK = 8  # unread tokens that the first drafting pass takes along; more get passes of their own
@@ -37,9 +36,8 @@ class ModelDrafter:
         count = min(max(lengths), self.lm.context // 2)
         if count <= 0:
             return Draft.empty(len(sequences), sequences.device)
-        device, vocab_size = sequences.device, sequences.vocab_size
-        allowed = torch.tensor(lengths, device=device).clamp(max=count)
-        tokens = torch.zeros(len(sequences), 0, dtype=torch.long, device=device)
+        allowed = torch.tensor(lengths, device=sequences.device).clamp(max=count)
+        tokens = torch.zeros(len(sequences), 0, dtype=torch.long, device=sequences.device)
         probs: list[Tensor] = []
         logits = self._read_new_tokens(sequences, count)
         for i in range(count):
@@ -49,8 +47,7 @@ class ModelDrafter:
             # A broken law may not be drawn from; deciding before its token is drawn keeps the text's law exact.
             allowed = torch.where(torch.isfinite(logits.amax(-1)), allowed, allowed.clamp(max=i))
             law = sequences.laws(logits.unsqueeze(1), tokens, at=i).squeeze(1)
-            drawn = race(law, sequences.randomness.draft(i, vocab_size))
-            tokens = torch.cat([tokens, drawn.unsqueeze(1)], dim=1)
+            tokens = torch.cat([tokens, sequences.randomness.draft(i, law).unsqueeze(1)], dim=1)
             probs.append(law)
         return Draft(tokens, allowed, None if sequences.greedy else torch.stack(probs, dim=1))
 

@@ -30,7 +30,7 @@ from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
 from specdec.training.progress import TrainingProgress
 from specdec.training.recipe import Recipe, ShapeRecipe
 
-EVALUATION_TOKENS = 16_384  # held-out tokens: a standard error of about 0.4 % on the agreement, in a few seconds
+EVALUATION_TOKENS = 8_192  # held-out tokens: a standard error of about 0.5 % on the agreement, in a few seconds
 REPORT = "report.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
