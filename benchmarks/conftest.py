@@ -8,29 +8,22 @@ from pathlib import Path
 import pytest
 
 from specdec import bench
-from specdec.demo import cache_directory, demo_recipe
+from specdec.demo import demo_pair
 from specdec.draft import Drafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
 from specdec.load import load
 from specdec.training.data import gather, held_out_prompts
-from specdec.training.recipe import load_recipe
-from specdec.training.trainer import good_at_bfloat16, train
-
-ROOT = Path(__file__).resolve().parents[1]
+from specdec.training.trainer import good_at_bfloat16
 
 
 @pytest.fixture(scope="session")
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair(request: pytest.FixtureRequest) -> Path:
     """Directory of a trained pair."""
     if request.config.getoption("benchmark_disable"):
-        directory, recipe = tmp_path_factory.mktemp("tiny"), load_recipe(ROOT / "models/tiny.toml")
-    else:
-        recipe = demo_recipe()
-        directory = cache_directory() / f"demo-{recipe.fingerprint()[:12]}"
-    if not (directory / "report.json").is_file():
-        train(recipe, directory, progress=False)
-    return directory
+        tiny: Path = request.getfixturevalue("tiny_pair")
+        return tiny
+    return demo_pair()
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec import bench
-from specdec.demo import cache_directory, demo_recipe
+from specdec.demo import demo_pair
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
 from specdec.load import load
 from specdec.training.data import gather, held_out_prompts
-from specdec.training.trainer import good_at_bfloat16, train
+from specdec.training.trainer import good_at_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, NEW_TOKENS = 5, 96
@@ -26,10 +26,7 @@ ROUNDS, NEW_TOKENS = 5, 96
 
 def main() -> None:
     """Measure, print, write."""
-    recipe = demo_recipe()
-    pair = cache_directory() / f"demo-{recipe.fingerprint()[:12]}"
-    if not (pair / "report.json").is_file():
-        train(recipe, pair)
+    pair = demo_pair()
     engine = load(pair / "target", draft=pair / "draft", dtype="bfloat16" if good_at_bfloat16() else "float32")
     assert engine.tokenizer is not None
     prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=16, tokens=128)

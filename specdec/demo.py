@@ -36,17 +36,23 @@ def demo_recipe() -> Recipe:
     return parse_recipe(text, "specdec/recipes/demo.toml")
 
 
-def demo(picture: Path, console: Console) -> None:
-    """Train (first run only), decode held-out code, and print what speculation brings."""
+def demo_pair(console: Console | None = None) -> Path:
+    """The directory of the demo's trained pair; trains it on the first call."""
+    console = console or Console(stderr=True)
     recipe = demo_recipe()
     pair = cache_directory() / f"demo-{recipe.fingerprint()[:12]}"
-    if not (pair / "report.json").is_file():
-        console.print(
-            f"[bold]1. Training[/] a target and a draft GPT together on the standard library's source → {pair}"
-        )
-        train(recipe, pair)
-    else:
+    if (pair / "report.json").is_file():
         console.print(f"[bold]1. Trained pair[/] found in {pair}")
+        return pair
+    console.print("[bold]1. Training[/] a target and a draft GPT together on the standard library's source")
+    console.print(f"   into {pair} (minutes, once; Ctrl-C saves a checkpoint and the next run goes on from it)")
+    train(recipe, pair)
+    return pair
+
+
+def demo(picture: Path, console: Console) -> None:
+    """Train (first run only), decode held-out code, and print what speculation brings."""
+    pair = demo_pair(console)
     dtype = "bfloat16" if good_at_bfloat16() else "float32"
     engine = load(pair / "target", draft=pair / "draft", dtype=dtype)
     assert engine.tokenizer is not None and engine.drafter is not None

@@ -33,7 +33,10 @@ class Draft:
 
 
 class Drafter(Protocol):
-    """Anything that proposes tokens. It returns only the draft and never touches the user's models or configs."""
+    """Anything that proposes tokens. It returns only the draft and never touches the user's models or configs.
+
+    A drafter that runs a model counts the seconds it spends there in an attribute ``forward_seconds``.
+    """
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for ``rows`` rows of at most ``length`` tokens; called before a run."""

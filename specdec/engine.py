@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec.control import FixedLength
 from specdec.draft import Draft, Drafter
-from specdec.errors import GenerationError, SpecDecError
+from specdec.errors import ConfigError, GenerationError, SpecDecError
 from specdec.lm.base import CachedLM, catch_up
 from specdec.requests import Limits, Prompts, Settings, build_requests
 from specdec.sequences import Request, Row, Sequences, Step
@@ -71,6 +71,7 @@ class Engine:
     ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.limits = Limits(vocab_size or target.vocab_size, target.context, eos_ids)
+        self.busy = False
 
     def generate(
         self,
@@ -139,10 +140,13 @@ class _Call:
 
     def steps(self) -> Iterator[Step]:
         """Run to the end, one step at a time. However it ends, the models' caches are left empty."""
+        if self.engine.busy:
+            raise ConfigError("this engine is in the middle of a stream; finish or close it before the next call")
+        self.engine.busy = True
         started, forward = time.perf_counter(), self.target.forward_seconds
         drafting = getattr(self.drafter, "forward_seconds", 0.0)
-        self._reserve()
         try:
+            self._reserve()
             while self.waiting or len(self.sequences):
                 self._admit()
                 step = self._step()
@@ -151,6 +155,7 @@ class _Call:
                 yield step
         finally:
             self._free(0)
+            self.engine.busy = False
             self.stats.total_seconds = time.perf_counter() - started
             self.stats.verify_seconds = self.target.forward_seconds - forward - self.stats.prefill_seconds
             self.stats.draft_seconds = getattr(self.drafter, "forward_seconds", 0.0) - drafting

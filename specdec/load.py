@@ -206,6 +206,8 @@ def _load_drafter(
             f"draft must be a path, a hub id, a model, a Drafter, None or one of {', '.join(NAMED_DRAFTERS)}, got {draft!r}"
         )
     lm = load_lm(draft, dtype=dtype, device=device)
+    if lm is target:
+        raise ConfigError("target and draft are the same CachedLM object, and so the same cache; make a second one")
     check_same_vocabulary(target, lm, tokenizer, find_tokenizer(draft), vocab_size)
     return ModelDrafter(lm)
 

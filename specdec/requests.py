@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec.control import DEFAULT_DRAFT_TOKENS
 from specdec.errors import ConfigError, PromptError, SpecDecError
-from specdec.sampling import SamplingParams
+from specdec.sampling import MAX_DRAFT_TOKENS, SamplingParams
 from specdec.sequences import Request
 from specdec.verify import RULES
 
@@ -69,7 +69,7 @@ class Settings:
         _choice("on_error", self.on_error, ["raise", "return"])
         _count("n", self.n, 1)
         _count("max_batch_size", self.max_batch_size, 1)
-        _count("num_draft_tokens", self.num_draft_tokens, 0)
+        _count("num_draft_tokens", self.num_draft_tokens, 0, MAX_DRAFT_TOKENS)
         stops = [self.stop] if isinstance(self.stop, str) and self.stop else self.stop
         if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
             raise ConfigError(f"stop must be a non-empty string or several, got {self.stop!r}")
@@ -253,9 +253,10 @@ def _is_id(value: object) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool) and not isinstance(value, Tensor)
 
 
-def _count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+def _count(name: str, value: object, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        allowed = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name} must be an integer {allowed}, got {value!r}")
 
 
 def _choice(name: str, value: object, allowed: list[str]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -159,6 +159,8 @@ def quantile(probs: Tensor, uniforms: Tensor) -> Tensor:
     return places.clamp_(max=probs.shape[-1] - 1)
 
 
+MAX_DRAFT_TOKENS = 64  # far beyond what pays; lets a step draw its random numbers at once
+
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's increment, as a signed 64-bit integer
 _TARGET, _ACCEPT, _DRAFT = 1, 2, 3  # purposes: which stream of a row a number belongs to
 
@@ -173,8 +175,8 @@ def _mix(x: Tensor) -> Tensor:
 def _uniforms(key: Tensor, count: int) -> Tensor:
     """``count`` numbers in the open interval (0, 1) for each key [...], float64 [..., count]."""
     counter = torch.arange(1, count + 1, device=key.device) * _GOLDEN
-    bits = (_mix(key.unsqueeze(-1) + counter) >> 11) & 0x1FFFFFFFFFFFFF
-    return (bits.double() + 0.5) * 2.0**-53
+    bits = (_mix(key.unsqueeze(-1) + counter) >> 12) & 0xFFFFFFFFFFFFF
+    return (bits.double() + 0.5) * 2.0**-52  # 52 bits: with 53 the largest would round to 1
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,11 @@ class Randomness:
         """
         if self.coupled or self.constant:
             return race(draft_law, self.target(torch.full_like(self.starts, offset), draft_law.shape[-1]))
-        return quantile(draft_law, _uniforms(_mix(self._key(_DRAFT, self.starts) + offset), 1))
+        return quantile(draft_law, self._draft_numbers[:, offset : offset + 1])
+
+    @cached_property
+    def _draft_numbers(self) -> Tensor:
+        return _uniforms(self._key(_DRAFT, self.starts), MAX_DRAFT_TOKENS)
 
     def _key(self, purpose: int, position: Tensor) -> Tensor:
         seeds = self.seeds.view(-1, *[1] * (position.dim() - 1))

@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec.nn.gpt import GPT
 
 _BETAS = (0.9, 0.95)  # the usual choice for language models (GPT-3, Llama): runs too short for 0.999
-_PROBE_SIZE = 512
+_PROBE_SIZE, _PROBES = 512, 24  # about 40 ms
 _STATE = ("exp_avg", "exp_avg_sq")
 
 
@@ -88,22 +88,21 @@ def schedule(progress: float, *, warmup: float, final: float) -> float:
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where ``device`` multiplies it clearly faster than float32, else float32.
 
-    A CPU is asked by a measurement of a few milliseconds: some list the instruction and emulate it.
+    A CPU is asked by a measurement of some milliseconds: some list the instruction and emulate it.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type != "cpu":
         return torch.float32
-    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(_PROBES):  # in turn, and the fastest of many: other programs disturb both alike
+        for dtype in seconds:
+            seconds[dtype] = min(seconds[dtype], _matmul_seconds(dtype))
     return torch.bfloat16 if seconds[torch.bfloat16] < 0.67 * seconds[torch.float32] else torch.float32
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Seconds of the fastest of several products: the others met other programs."""
     matrix = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        matrix @ matrix
-        times.append(time.perf_counter() - start)
-    return min(times)
+    start = time.perf_counter()
+    torch.mm(matrix, matrix)
+    return time.perf_counter() - start

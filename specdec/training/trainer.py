@@ -223,7 +223,12 @@ class Run:
 
 
 def _model(shape: ShapeRecipe, tokenizer: PreTrainedTokenizerFast) -> GPT:
-    return GPT(shape.config(len(tokenizer), tokenizer.eos_token_id), shape.dropout)
+    model = GPT(shape.config(len(tokenizer), tokenizer.eos_token_id), shape.dropout)
+    with torch.no_grad():  # what enters the residual stream adds up to the same size at any depth (GPT-2, section 2.3)
+        for layer in model.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight /= math.sqrt(2 * shape.num_hidden_layers)
+    return model
 
 
 def _finished(out: Path, identity: str) -> TrainReport | None:

@@ -1,0 +1,33 @@
+"""The demo runs end to end on a pair that it trains itself (a tiny one here), and again from its cache."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from specdec import demo
+from specdec.training.recipe import load_recipe
+
+TINY = Path(__file__).parents[1] / "models/tiny.toml"
+
+
+def test_demo_trains_decodes_checks_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo, "demo_recipe", lambda: load_recipe(TINY))
+    monkeypatch.setattr(demo, "NEW_TOKENS", 12)
+    monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, second = StringIO(), StringIO()
+    demo.demo(tmp_path / "demo.png", Console(file=first, width=120))
+    demo.demo(tmp_path / "demo.png", Console(file=second, width=120))
+    assert "Training" in first.getvalue() and "Trained pair found" in second.getvalue()
+    for printed in (first.getvalue(), second.getvalue()):
+        assert "16 of 16 speculative greedy texts identical to plain decoding" in printed
+        assert "HF generate" in printed and "prompt lookup" in printed
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recipe_travels_with_the_package() -> None:
+    assert demo.demo_recipe().name == "demo"
