@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from specdec import bench
-from specdec.demo import demo_pair
+from specdec.demo import demo_pair, fast_dtype_name
 from specdec.draft import Drafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
 from specdec.load import load
 from specdec.training.data import gather, held_out_prompts
-from specdec.training.trainer import good_at_bfloat16
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +28,7 @@ def pair(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def engine(pair: Path) -> Engine:
     """The pair, loaded in the precision that this processor is good at."""
-    return load(pair / "target", draft=pair / "draft", dtype="bfloat16" if good_at_bfloat16() else "float32")
+    return load(pair / "target", draft=pair / "draft", dtype=fast_dtype_name())
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec import bench
-from specdec.demo import demo_pair
+from specdec.demo import demo_pair, fast_dtype_name
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
 from specdec.load import load
 from specdec.training.data import gather, held_out_prompts
-from specdec.training.trainer import good_at_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, NEW_TOKENS = 5, 96
@@ -27,7 +26,7 @@ ROUNDS, NEW_TOKENS = 5, 96
 def main() -> None:
     """Measure, print, write."""
     pair = demo_pair()
-    engine = load(pair / "target", draft=pair / "draft", dtype="bfloat16" if good_at_bfloat16() else "float32")
+    engine = load(pair / "target", draft=pair / "draft", dtype=fast_dtype_name())
     assert engine.tokenizer is not None
     prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=16, tokens=128)
     table = Table("drafter", "batch", "T", "ms per step", "target", "draft", "everything else")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -18,8 +19,9 @@ from specdec.load import load
 from specdec.picture import draw
 from specdec.text import TextStream
 from specdec.training.data import gather, held_out_prompts
+from specdec.training.optimizer import fast_dtype
 from specdec.training.recipe import Recipe, parse_recipe
-from specdec.training.trainer import good_at_bfloat16, train
+from specdec.training.trainer import train
 
 BATCHES = (1, 8)
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 96, 3
@@ -28,6 +30,11 @@ PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 96, 3
 def cache_directory() -> Path:
     """Where trained pairs are kept between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "specdec"
+
+
+def fast_dtype_name() -> str:
+    """The precision that this machine computes fastest in."""
+    return str(fast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))).removeprefix("torch.")
 
 
 def demo_recipe() -> Recipe:
@@ -53,7 +60,7 @@ def demo_pair(console: Console | None = None) -> Path:
 def demo(picture: Path, console: Console) -> None:
     """Train (first run only), decode held-out code, and print what speculation brings."""
     pair = demo_pair(console)
-    dtype = "bfloat16" if good_at_bfloat16() else "float32"
+    dtype = fast_dtype_name()
     engine = load(pair / "target", draft=pair / "draft", dtype=dtype)
     assert engine.tokenizer is not None and engine.drafter is not None
     prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=max(BATCHES), tokens=PROMPT_TOKENS)

@@ -124,6 +124,7 @@ class _Call:
         self.controller = FixedLength(settings.num_draft_tokens if self.drafter is not None else 0)
         self.rule = RULES[settings.rule]
         self.stats = Stats()
+        self.plain_next = False
         self.sequences = Sequences(
             vocab_size=engine.limits.vocab_size,
             context=engine.limits.context,
@@ -140,8 +141,8 @@ class _Call:
 
     def steps(self) -> Iterator[Step]:
         """Run to the end, one step at a time. However it ends, the models' caches are left empty."""
-        if self.engine.busy:
-            raise ConfigError("this engine is in the middle of a stream; finish or close it before the next call")
+        if self.engine.busy or any(self.target.lengths):  # engines may share a target
+            raise ConfigError("this model is in the middle of a stream; finish or close it before the next call")
         self.engine.busy = True
         started, forward = time.perf_counter(), self.target.forward_seconds
         drafting = getattr(self.drafter, "forward_seconds", 0.0)
@@ -164,7 +165,7 @@ class _Call:
     def _step(self) -> Step:
         sequences, drafter = self.sequences, self.drafter
         sequences.begin_step()
-        lengths = self.controller.choose(sequences)
+        lengths = [0] * len(sequences) if self.plain_next else self.controller.choose(sequences)
         if drafter is not None and any(lengths):
             draft = drafter.propose(sequences, lengths)
         else:
@@ -175,6 +176,9 @@ class _Call:
         verdict = self.rule(laws, draft, sequences.randomness)
         step = sequences.commit(logits, draft, verdict)
         self.target.keep([1 + accepted for accepted in step.accepted])
+        for slot in step.retried:
+            self.target.forget(slot)
+        self.plain_next = bool(step.retried)
         if drafter is not None:
             drafter.observe(step)
         self._count(step)

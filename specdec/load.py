@@ -58,8 +58,8 @@ def load(
     """
     place = _device(device)
     wanted = _dtype(dtype)
-    tokenizer = tokenizer or find_tokenizer(target)
     target_lm = load_lm(target, dtype=wanted, device=place)
+    tokenizer = tokenizer or find_tokenizer(target)
     vocab_size = _real_vocab_size(target_lm, tokenizer)
     drafter = _load_drafter(draft, target_lm, tokenizer, wanted, place, vocab_size)
     return Engine(target_lm, drafter, tokenizer=tokenizer, eos_ids=_eos_ids(target, target_lm), vocab_size=vocab_size)
@@ -71,6 +71,8 @@ def load_lm(model: ModelLike, *, dtype: torch.dtype | None = None, device: torch
         return model
     if isinstance(model, nn.Module):
         found = model
+    elif not isinstance(model, str | Path):
+        raise _no_model(model)
     else:
         found = _load_model(_directory(str(model)), dtype)
         found = found.to(device or torch.device("cpu"))
@@ -79,9 +81,13 @@ def load_lm(model: ModelLike, *, dtype: torch.dtype | None = None, device: torch
         return NativeLM(found)
     if isinstance(found, PreTrainedModel):
         return HFLM(found)
-    raise ConfigError(
-        f"a model must be a path, a hub id, a transformers PreTrainedModel, a specdec GPT or a CachedLM, "
-        f"got {type(found).__name__}"
+    raise _no_model(found)
+
+
+def _no_model(given: object) -> ConfigError:
+    return ConfigError(
+        "a model must be a path, a hub id, a transformers PreTrainedModel, a specdec GPT or a CachedLM, "
+        f"got {type(given).__name__}"
     )
 
 
@@ -129,16 +135,21 @@ def find_tokenizer(model: object) -> PreTrainedTokenizerBase | None:
         return None
     try:
         directory = _directory(name)
+    except CheckpointError:
+        return None  # a model without a tokenizer is fine: prompts then come as token ids
+    try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
         return found
-    except (OSError, ValueError, KeyError):
-        return None  # a model without a tokenizer is fine: prompts then come as token ids
+    except Exception as error:  # the tokenizers library raises bare ones
+        if not (directory / "tokenizer.json").is_file():
+            return None
+        raise CheckpointError(f"{directory}/tokenizer.json cannot be read: {error}; restore it, or remove it") from error
 
 
 def _load_model(directory: Path, dtype: torch.dtype | None) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers checks fields with exceptions of many kinds
         raise CheckpointError(f"{directory}/config.json cannot be read as a model configuration: {error}") from error
     if isinstance(config, LlamaConfig) and type(config) is LlamaConfig and why_unsupported(config) is None:
         return load_gpt(directory, config, dtype or _config_dtype(config))
@@ -175,7 +186,10 @@ def _directory(name: str) -> Path:
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged ({error!r}); restore it from its source") from error
     else:
         names = ["model.safetensors"]
     files = [directory / name for name in names]
@@ -228,7 +242,8 @@ def check_same_vocabulary(
         ours, theirs = target_tokenizer.get_vocab(), draft_tokenizer.get_vocab()
         if ours == theirs:
             return
-        token = next(token for token in [*ours, *theirs] if ours.get(token) != theirs.get(token))
+        by_id = [*sorted(ours, key=ours.__getitem__), *sorted(theirs, key=theirs.__getitem__)]
+        token = next(token for token in by_id if ours.get(token) != theirs.get(token))
         raise VocabularyError(
             f"target and draft have different vocabularies: token {token!r} is id {ours.get(token)} in the target's "
             f"({len(ours)} tokens) and {theirs.get(token)} in the draft's ({len(theirs)} tokens). "
@@ -278,8 +293,11 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}") from error
+        known = device.type in ("cpu", "cuda")
+    except (RuntimeError, TypeError):
+        known = False
+    if not known:
+        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {name!r}, but torch sees no GPU here; use 'cpu' or 'auto'")
     return device

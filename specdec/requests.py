@@ -70,8 +70,10 @@ class Settings:
         _count("n", self.n, 1)
         _count("max_batch_size", self.max_batch_size, 1)
         _count("num_draft_tokens", self.num_draft_tokens, 0, MAX_DRAFT_TOKENS)
-        stops = [self.stop] if isinstance(self.stop, str) and self.stop else self.stop
-        if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
+        if not isinstance(self.logprobs, bool):
+            raise ConfigError(f"logprobs must be True or False, got {self.logprobs!r}")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        if not isinstance(stops, Sequence) or not all(isinstance(stop, str) and stop for stop in stops):
             raise ConfigError(f"stop must be a non-empty string or several, got {self.stop!r}")
         object.__setattr__(self, "stop", tuple(stops))
 
@@ -171,6 +173,8 @@ def token_lists(
 ) -> list[list[int]]:
     """Every accepted form of prompts as lists of token ids; padding is dropped here and nowhere else."""
     if isinstance(prompts, Mapping):
+        if "input_ids" not in prompts:
+            raise PromptError(f"a mapping of prompts needs 'input_ids', got {', '.join(map(repr, prompts))}")
         return token_lists(prompts["input_ids"], prompts.get("attention_mask"), tokenizer)
     if isinstance(prompts, Tensor):
         return _unpad(prompts, attention_mask)
@@ -203,9 +207,15 @@ def _unpad(tokens: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
         tokens = tokens.unsqueeze(0)
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise PromptError(f"a prompt tensor must be integers [rows, tokens], got {tokens.dtype} {list(tokens.shape)}")
+    if len(tokens) == 0:
+        raise PromptError("no prompts given; pass at least one")
     if attention_mask is None:
         return [list(map(int, row)) for row in tokens.tolist()]
-    mask = attention_mask.reshape(-1, attention_mask.shape[-1])
+    if not isinstance(attention_mask, Tensor):
+        raise PromptError(
+            f"attention_mask must be a tensor [rows, tokens] {list(tokens.shape)}, got {type(attention_mask).__name__}"
+        )
+    mask = attention_mask.unsqueeze(0) if attention_mask.dim() == 1 else attention_mask
     if mask.shape != tokens.shape:
         raise PromptError(
             f"attention_mask must have the shape of the tokens, got {list(mask.shape)} for {list(tokens.shape)}"
@@ -218,7 +228,7 @@ def _eos_ids(given: int | Sequence[int] | str | None, limits: Limits) -> frozens
         return limits.eos_ids
     if given is None:
         return frozenset()
-    ids = [given] if isinstance(given, int) else given
+    ids = given if isinstance(given, Sequence) else [given]
     if isinstance(ids, str) or not all(_is_id(i) and 0 <= i < limits.vocab_size for i in ids):
         raise ConfigError(
             f'eos_token_id must be token ids from 0 to {limits.vocab_size - 1}, None or "model", got {given!r}'

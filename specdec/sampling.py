@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from transformers.generation.logits_process import (
 )
 
 from specdec.errors import ConfigError
+
+LEAST_TEMPERATURE = 1e-30  # below it logits / temperature can overflow float32, and the law would be NaN
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,17 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require(
-            0 <= self.temperature < math.inf, "temperature", "a finite number >= 0 (0 is greedy)", self.temperature
+            _is_number(self.temperature)
+            and (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf),
+            "temperature",
+            f"0 (greedy) or a finite number >= {LEAST_TEMPERATURE}",
+            self.temperature,
         )
         _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", "an integer >= 0 (0 is off)", self.top_k)
-        _require(0 < self.top_p <= 1, "top_p", "in (0, 1] (1 is off)", self.top_p)
-        _require(0 <= self.min_p <= 1, "min_p", "in [0, 1] (0 is off)", self.min_p)
+        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1] (1 is off)", self.top_p)
+        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1] (0 is off)", self.min_p)
         _require(
-            0 < self.repetition_penalty < math.inf,
+            _is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
             "repetition_penalty",
             "a finite number > 0 (1 is off)",
             self.repetition_penalty,
@@ -77,6 +84,10 @@ class SamplingParams:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _require(condition: bool, name: str, allowed: str, value: object) -> None:

@@ -93,13 +93,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Step:
-    """What one round did: per live row the tokens proposed, accepted and entered, and the rows it ended."""
+    """What one round did: per live row the tokens proposed, accepted and entered, and the rows it ended.
+
+    ``retried`` rows met NaN or infinity in a pass that read drafts. A refused token may be to blame, so nothing entered:
+    their caches are read anew, and the next step drafts nothing.
+    """
 
     rows: list[Row]
     drafted: list[int]
     accepted: list[int]
     committed: list[int]
     finished: list[int] = field(default_factory=list)
+    retried: list[int] = field(default_factory=list)
 
 
 class Sequences:
@@ -159,22 +164,22 @@ class Sequences:
 
     def commit(self, logits: Tensor, draft: Draft, verdict: Verdict) -> Step:
         """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation."""
-        usable = torch.isfinite(logits.amax(-1)).long().cumprod(-1).sum(-1)  # laws before the first broken one
-        parts = [verdict.accepted, draft.lengths, usable, verdict.next_token]
+        is_sound = torch.isfinite(logits.amax(-1)).all(-1)
+        parts = [verdict.accepted * is_sound, draft.lengths, is_sound.long(), verdict.next_token]
         table = torch.cat([torch.stack(parts, dim=1), draft.tokens], dim=1).tolist()
         logprobs = self._committed_logprobs(logits, draft, verdict) if self._logprobs else None
         step = Step(list(self.rows), [line[1] for line in table], [line[0] for line in table], [])
-        for b, (accepted, _, usable_laws, next_token, *drafted) in enumerate(table):
+        for b, (accepted, _, sound, next_token, *drafted) in enumerate(table):
             row = self.rows[b]
-            if accepted >= usable_laws:
+            if not sound and not drafted:
                 row.fail(_broken_logits(row))
-                step.committed.append(0)
-            else:
-                step.committed.append(row.commit([*drafted[:accepted], next_token], accepted))
+            step.committed.append(row.commit([*drafted[:accepted], next_token], accepted) if sound else 0)
             if logprobs is not None:
                 row.logprobs.extend(logprobs[b][: step.committed[b]])
             if row.finish_reason is not None:
                 step.finished.append(b)
+            elif not sound:
+                step.retried.append(b)
         return step
 
     def remove(self, slots: Sequence[int], copy: Callable[[int, int], None]) -> None:

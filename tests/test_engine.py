@@ -13,10 +13,9 @@ import pytest
 import torch
 from scipy.stats import chi2
 from torch import Tensor
-from toys import TableLM, native, noisy, random_table, tiny_gpt
 from transformers import LlamaForCausalLM
 
-from specdec import Draft, Drafter, Engine, GenerationError, ModelError, Output
+from specdec import ConfigError, Draft, Drafter, Engine, GenerationError, ModelError, Output
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.lm.base import CachedLM, window_start
@@ -24,6 +23,7 @@ from specdec.lm.native import NativeLM
 from specdec.nn.gpt import GPT, state_to_hf
 from specdec.sequences import Sequences, Step
 from specdec.verify import RULES
+from toys import TableLM, native, noisy, random_table, tiny_gpt
 
 VOCAB, NEW = 61, 64
 BATCHES, DRAFT_LENGTHS = (1, 2, 3, 7, 16), (0, 1, 2, 5, 8)
@@ -239,7 +239,8 @@ def test_rows_run_to_exactly_the_longest_text_the_model_reads(draft: str, hf_tex
             assert len(prompt) + len(ids) == 64 and ids == expected[: len(ids)]
         assert output.token_ids[-1] == [(PROMPTS[3] + hf_texts[3])[63]]
         if draft == "self":
-            assert output.stats.acceptance_rate > 0.8
+            assert output.stats.acceptance_rate > 0.05  # 1 while a row fits into the draft's context
+            assert output.stats.num_drafts > 0.9 * output.stats.num_row_steps
 
 
 @pytest.mark.parametrize("draft_context", [16, 256])
@@ -258,7 +259,7 @@ def test_a_sliding_row_reads_the_window_of_its_length_and_drafts_change_nothing(
             prompts, max_new_tokens=100, num_draft_tokens=k, context="slide", max_batch_size=size, n=2
         )
         assert output.token_ids[::2] == expected and output.token_ids[1::2] == expected, f"k {k}"
-        assert k == 0 or output.stats.acceptance_rate > 0.05
+        assert k == 0 or output.stats.num_accepted_tokens > 10
 
 
 # --- Slots, memory, and calls that end badly
@@ -327,8 +328,9 @@ def test_a_call_inside_an_unfinished_stream_is_refused_and_disturbs_nothing(hf_t
     found = Engine(native(target()), make_drafter("noisy"))
     stream = found.stream(PROMPTS[:2], max_new_tokens=NEW)
     pieces = [next(stream)]
-    with pytest.raises(ModelError, match="another call"):
-        found.generate(PROMPTS, max_new_tokens=NEW)
+    for other in (found, Engine(found.target, make_drafter("lookup"))):  # engines may share a target
+        with pytest.raises(ConfigError, match="middle of a stream"):
+            other.generate(PROMPTS, max_new_tokens=NEW)
     pieces += stream
     texts = [[token for piece in pieces if piece.index == i for token in piece.token_ids] for i in range(2)]
     assert texts == hf_texts[:2]
@@ -395,7 +397,14 @@ def test_a_draft_with_broken_logits_changes_no_law(rule: str) -> None:
             BREAKS[list(BREAKS)[(a + 2 * b) % 4]](tables[1][a, b])
     found = Engine(TableLM(tables[0]), ModelDrafter(TableLM(tables[1])))
     output = found.generate(
-        [[1, 2]], n=samples, max_new_tokens=4, num_draft_tokens=3, temperature=1.0, seed=0, rule=rule, max_batch_size=4096
+        [[1, 2]],
+        n=samples,
+        max_new_tokens=4,
+        num_draft_tokens=3,
+        temperature=1.0,
+        seed=0,
+        rule=rule,
+        max_batch_size=4096,
     )
     assert 0.1 < output.stats.acceptance_rate < 0.9
     pairs = torch.tensor(output.token_ids)[:, :2] @ torch.tensor([size, 1])
@@ -484,7 +493,9 @@ class Scripted:
 
     def observe(self, step: Step) -> None:
         self.steps += 1
-        self.accepted.append([accepted for accepted, drafted in zip(step.accepted, step.drafted, strict=True) if drafted])
+        self.accepted.append(
+            [accepted for accepted, drafted in zip(step.accepted, step.drafted, strict=True) if drafted]
+        )
 
 
 @pytest.mark.parametrize("rule", RULES)

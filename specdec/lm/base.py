@@ -89,6 +89,12 @@ class CachedLM(ABC):
         self.lengths[slot], self.starts[slot], self._pending[slot] = 0, start, 0
 
     @torch.inference_mode()
+    def forget(self, slot: int) -> None:
+        """Empty ``slot``, what was read and refused included; its row is read anew."""
+        self._wipe(slot, slot + 1)
+        self.restart(slot, self.starts[slot])
+
+    @torch.inference_mode()
     def copy(self, source: int, target: int, length: int | None = None) -> None:
         """Slot ``target`` becomes the first ``length`` (default: all) committed tokens of slot ``source``."""
         length = self.lengths[source] if length is None else length

@@ -78,6 +78,14 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
     return None
 
 
+def clear_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints below ``folder``, and ``folder`` when nothing else is in it."""
+    for path in (*_steps(folder), *folder.glob(".step-*.partial")):
+        shutil.rmtree(path)
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _read_checkpoint(path: Path) -> Checkpoint:
     verify_folder(path)
     try:
@@ -89,7 +97,7 @@ def _read_checkpoint(path: Path) -> Checkpoint:
 
 def _steps(folder: Path) -> list[Path]:
     """Checkpoints below ``folder``, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec.nn.gpt import GPT
 
 _BETAS = (0.9, 0.95)  # the usual choice for language models (GPT-3, Llama): runs too short for 0.999
-_PROBE_SIZE, _PROBES = 512, 24  # about 40 ms
+_PROBE_SIZE, _PROBES = 512, 8  # about 30 ms
 _STATE = ("exp_avg", "exp_avg_sq")
 
 
@@ -94,15 +94,19 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type != "cpu":
         return torch.float32
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(_PROBES):  # in turn, and the fastest of many: other programs disturb both alike
-        for dtype in seconds:
-            seconds[dtype] = min(seconds[dtype], _matmul_seconds(dtype))
-    return torch.bfloat16 if seconds[torch.bfloat16] < 0.67 * seconds[torch.float32] else torch.float32
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # then thread time is all of the work, and other programs cannot disturb the measurement
+    try:
+        times = [(_matmul_seconds(torch.float32), _matmul_seconds(torch.bfloat16)) for _ in range(_PROBES)]
+    finally:
+        torch.set_num_threads(threads)
+    full, half = (min(column) for column in zip(*times, strict=True))
+    return torch.bfloat16 if half < 0.67 * full else torch.float32
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
+    """Processor seconds of one matrix product in this thread."""
     matrix = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype)
-    start = time.perf_counter()
+    start = time.thread_time()
     torch.mm(matrix, matrix)
-    return time.perf_counter() - start
+    return time.thread_time() - start

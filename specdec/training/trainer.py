@@ -68,6 +68,7 @@ def train(recipe: Recipe, out: Path, *, progress: bool = True, resume: bool = Tr
     with TrainingProgress(f"training {recipe.name}", visible=progress) as bar:
         corpus = data.gather(recipe.data.source, Path(recipe.data.path) if recipe.data.path else None)
         identity = f"{recipe.fingerprint()[:32]}-{corpus.fingerprint()[:32]}"
+        _check_folder(out)
         if not resume:
             _clear(out)
         if (finished := _finished(out, identity)) is not None:
@@ -76,7 +77,7 @@ def train(recipe: Recipe, out: Path, *, progress: bool = True, resume: bool = Tr
         run.resume(out / "checkpoints", bar)
         run.loop(out / "checkpoints", bar)
         report = run.finish(out)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        files.clear_checkpoints(out / "checkpoints")
         bar.say(
             f"{out}: target {report.target_loss:.3f}, draft {report.draft_loss:.3f} nats/token on held-out text; "
             f"they agree on {report.top1:.1%} of the most probable tokens"
@@ -147,6 +148,8 @@ class Run:
                 if interrupt.received:
                     bar.say(f"stopped at step {self.step}; run the same command again to continue from {path}")
                     interrupt.end_program()
+        if self.settings.checkpoint_seconds:
+            self.save(folder)  # so that whatever happens while the models are measured costs no training
 
     def train_step(self, progress: float) -> tuple[float, float]:
         """One update of both models at ``progress`` of the schedule; their losses. Raises ModelError, unchanged."""
@@ -225,9 +228,9 @@ class Run:
 def _model(shape: ShapeRecipe, tokenizer: PreTrainedTokenizerFast) -> GPT:
     model = GPT(shape.config(len(tokenizer), tokenizer.eos_token_id), shape.dropout)
     with torch.no_grad():  # what enters the residual stream adds up to the same size at any depth (GPT-2, section 2.3)
-        for layer in model.layers:
-            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                projection.weight /= math.sqrt(2 * shape.num_hidden_layers)
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.div_(math.sqrt(2 * shape.num_hidden_layers))
     return model
 
 
@@ -254,8 +257,16 @@ def _check_identity(found: str, expected: str, out: Path) -> None:
         )
 
 
+def _check_folder(out: Path) -> None:
+    """Refuse to replace a folder that no run of ours wrote."""
+    for path in (out / "target", out / "draft"):
+        if path.exists() and not (path / files.MANIFEST).exists():
+            raise ConfigError(f"{path} exists and was not written by a training run; choose another output folder")
+
+
 def _clear(out: Path) -> None:
     """Remove what an earlier run wrote into ``out``, and nothing else."""
     (out / REPORT).unlink(missing_ok=True)
-    for name in ("checkpoints", "target", "draft"):
+    files.clear_checkpoints(out / "checkpoints")
+    for name in ("target", "draft"):
         shutil.rmtree(out / name, ignore_errors=True)

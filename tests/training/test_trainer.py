@@ -98,6 +98,15 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, toy_recipe: Recipe)
         train(with_training(toy_recipe, seed=1), tmp_path, progress=False)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_folders_of_others_are_left_alone(tmp_path: Path, toy_recipe: Recipe, resume: bool) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "precious").write_text("data")
+    with pytest.raises(ConfigError, match="was not written by a training run"):
+        train(toy_recipe, tmp_path, progress=False, resume=resume)
+    assert (tmp_path / "target" / "precious").read_text() == "data"
+
+
 def new_run(recipe: Recipe) -> Run:
     return Run(recipe, data.gather("path", Path(recipe.data.path)), "id", 0.0)
 

@@ -1,0 +1,343 @@
+"""Checkpoints load whole or not at all, and a pair of models shares a vocabulary or is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from toys import native, noisy, tiny_gpt
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+import specdec
+from specdec import CheckpointError, ConfigError, ModelError, SpecDecError, VocabularyError
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.load import load_lm
+from specdec.lm.native import NativeLM
+from specdec.nn.gpt import GPT, state_to_hf
+
+VOCAB = 64
+LENGTH_BYTES = 8  # a safetensors file: the header's length, the header (JSON), the weights
+
+
+def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[-1])
+
+
+WORDS = [f"w{i}" for i in range(VOCAB)]
+
+
+def save(model: GPT, directory: Path, words: list[str] | None = WORDS) -> Path:
+    """``model`` as a Hugging Face checkpoint, with a tokenizer of ``words``."""
+    config = LlamaConfig.from_dict(model.config.to_dict())
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+    save_file(state_to_hf(model), directory / "model.safetensors", metadata={"format": "pt"})
+    if words is not None:
+        make_tokenizer(words).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def gpt() -> GPT:
+    return tiny_gpt(0, vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def saved(gpt: GPT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(gpt, tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    return shutil.copytree(saved, tmp_path / "checkpoint")
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    state = load_file(directory / "model.safetensors")
+    change(state)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def rewrite_config(directory: Path, **changes: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+
+
+def refuse(kind: type[SpecDecError], pattern: str, target: Any, **settings: Any) -> None:
+    with pytest.raises(SpecDecError, match=pattern) as caught:
+        specdec.load(target, **settings)
+    assert type(caught.value) is kind
+
+
+# --- What loads
+
+
+def test_a_checkpoint_runs_as_the_model_it_was_saved_from(gpt: GPT, saved: Path) -> None:
+    expected = specdec.Engine(native(gpt)).generate([[1, 2, 3]], max_new_tokens=20).token_ids
+    for target in (saved, str(saved), gpt, native(gpt)):
+        for draft in (None, saved, str(saved), gpt, native(gpt), "ngram", NgramDrafter()):
+            found = specdec.load(target, draft=draft, device="cpu")
+            assert isinstance(found.target, NativeLM) and found.target.dtype == torch.float32
+            assert found.generate([[1, 2, 3]], max_new_tokens=20).token_ids == expected
+    assert specdec.generate(saved, [[1, 2, 3]], draft=saved, max_new_tokens=20).token_ids == expected
+    assert specdec.generate(saved, "w1 w2 w3", max_new_tokens=20).token_ids == expected
+
+
+def test_sharded_weights_load(gpt: GPT, copied: Path) -> None:
+    state = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    files = {name: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in state if files[name] == file}, copied / file)
+    index = copied / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    found = specdec.load(copied).generate([[1]], max_new_tokens=9)
+    assert found.token_ids == specdec.load(gpt).generate([[1]], max_new_tokens=9).token_ids
+    (copied / "model-00002-of-00003.safetensors").unlink()
+    refuse(CheckpointError, "lacks model-00002-of-00003.safetensors", copied)
+    for damaged in ("{", "[]", "{}", '{"weight_map": 3}'):
+        index.write_text(damaged)
+        refuse(CheckpointError, "index.json", copied)
+
+
+def test_a_tied_head_loads(tmp_path: Path) -> None:
+    model = tiny_gpt(0, vocab_size=VOCAB)
+    tied = LlamaConfig.from_dict({**model.config.to_dict(), "tie_word_embeddings": True})
+    model = GPT(tied).eval().requires_grad_(False)
+    directory = save(model, tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(directory / "model.safetensors")
+    expected = specdec.load(model).generate([[1]], max_new_tokens=9).token_ids
+    assert specdec.load(directory).generate([[1]], max_new_tokens=9).token_ids == expected
+
+
+def test_dtypes_are_the_checkpoints_own_or_those_asked_for(gpt: GPT, saved: Path, tmp_path: Path) -> None:
+    half = tiny_gpt(0, vocab_size=VOCAB).to(torch.bfloat16)
+    half.config.dtype = torch.bfloat16
+    directory = save(half, tmp_path / "half")
+    assert specdec.load(directory).target.dtype == torch.bfloat16
+    assert specdec.load(directory, dtype="float32").target.dtype == torch.float32
+    assert specdec.load(saved).target.dtype == torch.float32
+    assert specdec.load(saved, dtype="float16").target.dtype == torch.float16
+    assert next(gpt.parameters()).dtype == torch.float32
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids(gpt: GPT, tmp_path: Path) -> None:
+    found = specdec.load(save(gpt, tmp_path / "bare", words=None))
+    assert found.tokenizer is None and found.limits.vocab_size == VOCAB
+    assert found.generate([[1]], max_new_tokens=3).texts is None
+    given = specdec.load(tmp_path / "bare", tokenizer=make_tokenizer(WORDS))
+    assert given.generate("w1", max_new_tokens=3).texts is not None
+
+
+def test_ends_of_text_come_from_the_generation_config_or_the_config(copied: Path) -> None:
+    assert specdec.load(copied).limits.eos_ids == frozenset()
+    rewrite_config(copied, eos_token_id=5)
+    assert specdec.load(copied).limits.eos_ids == {5}
+    GenerationConfig(eos_token_id=[7, 9]).save_pretrained(copied)
+    assert specdec.load(copied).limits.eos_ids == {7, 9}
+
+
+# --- What does not
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    for place in (tmp_path / "nowhere", str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):
+        refuse(CheckpointError, "nowhere|a/b/c", place)
+    refuse(CheckpointError, "no config.json", tmp_path)
+
+
+def test_a_hub_id_offline_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    started = time.monotonic()
+    refuse(CheckpointError, "'no-such-user/no-such-model' is neither a local directory nor", "no-such-user/no-such-model")
+    assert time.monotonic() - started < 60  # no retries; the bound is against hanging, not a speed
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_type": "no-such-model"}', '{"model_type": 3}', "\x00"])
+def test_a_damaged_config_is_refused(copied: Path, content: str) -> None:
+    (copied / "config.json").write_text(content)
+    refuse(CheckpointError, "config.json", copied)
+
+
+def test_a_config_with_impossible_values_is_refused(copied: Path) -> None:
+    for changes in ({"hidden_size": "wide"}, {"num_attention_heads": 0}, {"num_hidden_layers": -1}):
+        shutil.copy(copied / "config.json", copied / "kept")
+        rewrite_config(copied, **changes)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            specdec.load(copied)
+        shutil.copy(copied / "kept", copied / "config.json")
+
+
+def test_a_damaged_tokenizer_is_refused(copied: Path) -> None:
+    for content in ("", "{", "{}", "[]"):
+        (copied / "tokenizer.json").write_text(content)
+        refuse(CheckpointError, r"tokenizer\.json", copied)
+
+
+def test_missing_weights_are_refused_and_nothing_is_unpickled(copied: Path) -> None:
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    refuse(CheckpointError, r"lacks model\.safetensors.*nothing is unpickled", copied)
+
+
+def test_truncated_weights_are_refused_at_every_length(copied: Path) -> None:
+    file = copied / "model.safetensors"
+    whole = file.read_bytes()
+    for length in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        refuse(CheckpointError, "model.safetensors is damaged or cut short", copied)
+
+
+def test_a_flipped_byte_in_the_header_is_refused_or_harmless(gpt: GPT, copied: Path) -> None:
+    file = copied / "model.safetensors"
+    whole = file.read_bytes()
+    header = LENGTH_BYTES + int.from_bytes(whole[:LENGTH_BYTES], "little")
+    expected = load_lm(gpt).model.state_dict()  # type: ignore[attr-defined]
+    refused = 0
+    places = [*range(LENGTH_BYTES), *range(LENGTH_BYTES, header, 17)]
+    for place in places:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x15]) + whole[place + 1 :])
+        try:
+            found = load_lm(copied)
+        except (CheckpointError, ModelError):
+            refused += 1
+        else:  # the metadata or the padding
+            for name, weight in found.model.state_dict().items():  # type: ignore[attr-defined]
+                assert weight.layout == torch._mkldnn or torch.equal(weight, expected[name])  # type: ignore[attr-defined]
+    assert refused > 0.9 * len(places)
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (lambda s: s.pop("model.norm.weight"), "norm.weight"),
+        (lambda s: s.pop("model.layers.1.self_attn.k_proj.weight"), "layers.1.self_attn"),
+        (lambda s: s.pop("lm_head.weight"), "lm_head.weight"),
+        (lambda s: s.update({"model.embed_tokens.weight": torch.zeros(VOCAB + 1, 32)}), "embed_tokens.weight"),
+        (lambda s: s.update({"model.layers.0.self_attn.q_proj.weight": torch.zeros(16, 32)}), "layers.0.self_attn"),
+        (lambda s: s.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 31)}), "weights that its config"),
+        (lambda s: s.update({"model.layers.2.input_layernorm.weight": torch.zeros(32)}), "layers.2.input_layernorm"),
+        (lambda s: s.clear(), "weight"),
+    ],
+)
+def test_weights_that_the_config_does_not_describe_are_refused(copied: Path, change: Any, pattern: str) -> None:
+    rewrite(copied, change)
+    refuse(CheckpointError, pattern, copied)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(gpt: GPT, saved: Path, copied: Path, value: float) -> None:
+    rewrite(copied, lambda state: state["model.layers.1.mlp.down_proj.weight"][3, 4].fill_(value))
+    refuse(ModelError, r"layers\.1\.mlp\.down_proj\.weight.*NaN or infinity", copied)
+    refuse(ModelError, "NaN or infinity", saved, draft=copied)
+    broken = tiny_gpt(0)
+    broken.norm.weight[2] = value
+    refuse(ModelError, r"norm\.weight", broken)
+
+
+def test_huge_finite_weights_are_not_taken_for_infinite(gpt: GPT) -> None:
+    model = tiny_gpt(0)
+    model.norm.weight[:] = 3e38  # their sum is infinite
+    specdec.load(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "pattern"),
+    [
+        ({"dtype": "int8"}, "'auto' or one of float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": None}, "dtype must be 'auto'.*got None"),
+        ({"device": "tpu"}, "device must be 'auto', 'cpu' or 'cuda', got 'tpu'"),
+        ({"device": "meta"}, "device must be 'auto', 'cpu' or 'cuda', got 'meta'"),
+        ({"device": None}, "device must be 'auto'.*got None"),
+        ({"draft": 3}, "draft must be.*ngram.*got 3"),
+        ({"draft": object()}, "draft must be.*got <object"),
+        ({"draft": torch.nn.Linear(2, 2)}, "got Linear"),
+    ],
+)
+def test_unknown_dtypes_devices_and_drafters_are_refused(saved: Path, settings: Any, pattern: str) -> None:
+    refuse(ConfigError, pattern, saved, **settings)
+
+
+def test_things_that_are_no_model_are_refused() -> None:
+    for thing in (None, 3, object(), torch.nn.Linear(2, 2), torch.zeros(2)):
+        refuse(ConfigError, f"a model must be.*got {type(thing).__name__}", thing)
+
+
+def test_a_gpu_that_is_not_there_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refuse(ConfigError, "no GPU", saved, device="cuda")
+
+
+def test_settings_are_refused_before_a_model_loads(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown argument 'max_tokens'; did you mean 'max_new_tokens'"):
+        specdec.generate(tmp_path / "nowhere", "hello", max_tokens=3)
+
+
+# --- Vocabularies
+
+
+def test_a_draft_with_other_strings_is_refused(gpt: GPT, saved: Path, tmp_path: Path) -> None:
+    # CASES 69, 70: the same size, two words exchanged
+    words = [*WORDS[:10], "w11", "w10", *WORDS[12:]]
+    draft = save(gpt, tmp_path / "draft", words)
+    refuse(VocabularyError, "different vocabularies: token 'w10' is id 10 in the target's.*and 11 in", saved, draft=draft)
+    draft = save(gpt, tmp_path / "fewer", WORDS[:60])
+    refuse(VocabularyError, r"token 'w60' is id 60 .*\(64 tokens\) and None .*\(60 tokens\)", saved, draft=draft)
+
+
+def test_a_draft_of_another_size_without_tokenizers_is_refused(gpt: GPT, saved: Path) -> None:
+    refuse(VocabularyError, "64 entries and the draft's 72", gpt, draft=tiny_gpt(1, vocab_size=72))
+    refuse(VocabularyError, "64 entries and the draft's 72", saved, draft=native(tiny_gpt(1, vocab_size=72)))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(64, 72), (72, 64), (72, 80), (72, 72)])
+def test_padding_of_the_head_is_never_generated(ours: int, theirs: int, tmp_path: Path) -> None:
+    # CASES 18, 71: 60 tokens, heads rounded up differently; the padding's logits are the largest
+    models = [tiny_gpt(0, vocab_size=ours), tiny_gpt(0, vocab_size=theirs)]
+    common = tiny_gpt(0, vocab_size=80)
+    for model in models:
+        for mine, full in ((model.embed_tokens, common.embed_tokens), (model.lm_head, common.lm_head)):
+            mine.weight.copy_(full.weight[: len(mine.weight)])
+        model.layers.load_state_dict(common.layers.state_dict())
+        model.lm_head.weight[60:] *= 30
+    target, draft = (save(model, tmp_path / name, WORDS[:60]) for model, name in zip(models, "td", strict=True))
+    prompts = [[i, i + 1] for i in range(8)]
+    plain = specdec.load(target).generate(prompts, max_new_tokens=40, logprobs=True)
+    found = specdec.load(target, draft=draft)
+    assert found.limits.vocab_size == 60 and isinstance(found.drafter, ModelDrafter)
+    for rule in ("block", "rejection", "coupled"):
+        output = found.generate(prompts, max_new_tokens=40, rule=rule, logprobs=True)
+        assert output.token_ids == plain.token_ids and output.stats.acceptance_rate == 1
+        sampled = found.generate(prompts, max_new_tokens=40, rule=rule, temperature=1.5, seed=0)
+        assert max(map(max, sampled.token_ids)) < 60
+    with pytest.raises(specdec.PromptError, match="token id 60; the model knows 0 to 59"):
+        found.generate([[60]])
+
+
+def test_a_lookup_drafter_needs_no_vocabulary_check(saved: Path) -> None:
+    found = specdec.load(saved, draft="ngram")
+    assert isinstance(found.drafter, NgramDrafter)
+    assert specdec.load(saved, draft="ngram").drafter is not found.drafter
+
+
+def test_the_users_objects_are_left_as_they_are(gpt: GPT) -> None:
+    # CASES 62
+    draft = noisy(gpt)
+    before = {name: weight.clone() for name, weight in draft.state_dict().items()}
+    specdec.load(gpt, draft=draft).generate([[1]], max_new_tokens=5)
+    assert all(torch.equal(weight, before[name]) for name, weight in draft.state_dict().items())
