@@ -143,7 +143,9 @@ def find_tokenizer(model: object) -> PreTrainedTokenizerBase | None:
     except Exception as error:  # the tokenizers library raises bare ones
         if not (directory / "tokenizer.json").is_file():
             return None
-        raise CheckpointError(f"{directory}/tokenizer.json cannot be read: {error}; restore it, or remove it") from error
+        raise CheckpointError(
+            f"{directory}/tokenizer.json cannot be read: {error}; restore it, or remove it"
+        ) from error
 
 
 def _load_model(directory: Path, dtype: torch.dtype | None) -> nn.Module:

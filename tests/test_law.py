@@ -67,9 +67,8 @@ DRAFTERS: dict[str, Callable[[], Drafter | None]] = {
     "model": lambda: ModelDrafter(TableLM(OTHER)),
     "uneven": lambda: Uneven(TableLM(OTHER)),
     "short context": lambda: ModelDrafter(TableLM(OTHER, context=6)),
-    "itself": lambda: ModelDrafter(TableLM(TARGET)),
     "ngram": NgramDrafter,
-    "always 0": lambda: Guess(lambda tokens, limit: [0] * limit),
+    "always 2": lambda: Guess(lambda tokens, limit: [2] * limit),
     "repeats": lambda: Guess(lambda tokens, limit: tokens[-1:] * (limit if tokens[-1] % 2 else 1)),
 }
 
@@ -89,10 +88,9 @@ class Kind:
 
 ONE = [Kind((1, 2), SamplingParams(1.0))]
 UNEQUAL = [
-    Kind((1, 2), SamplingParams(0.6, top_p=0.95)),
-    Kind((3,), SamplingParams(1.0)),
-    Kind((0, 2, 2, 1, 3, 0, 1), SamplingParams(1.8, top_k=3), length=3),
-    Kind((2, 1, 0), SamplingParams(0.9, min_p=0.1, repetition_penalty=1.3), length=4),
+    Kind((1, 2), SamplingParams(0.6, top_p=0.95), length=3),
+    Kind((3,), SamplingParams(1.0), length=4),
+    Kind((0, 2, 2, 1, 3, 0, 1), SamplingParams(1.8, top_k=3, min_p=0.1), length=3),
 ]
 
 
@@ -139,9 +137,10 @@ def alarm(output: Output, kinds: list[Kind], samples: int = SAMPLES) -> float:
 
 
 @every_rule
-@pytest.mark.parametrize("num_draft_tokens", [1, 2, 4])
-@pytest.mark.parametrize("drafter", ["model", "ngram", "always 0"])
-def test_samples_follow_the_targets_law(rule: str, num_draft_tokens: int, drafter: str) -> None:
+@pytest.mark.parametrize(
+    ("drafter", "num_draft_tokens"), [("model", 1), ("model", 2), ("model", 4), ("ngram", 3), ("always 2", 3)]
+)
+def test_samples_follow_the_targets_law(rule: str, drafter: str, num_draft_tokens: int) -> None:
     """n = 20,000 texts of 5 tokens; one false alarm in 200,000 runs each if seeds were random."""
     # CASES 1, 2, 9, 10, 12; the bar: T1
     output = sample(DRAFTERS[drafter](), ONE, rule=rule, num_draft_tokens=num_draft_tokens)
@@ -149,22 +148,50 @@ def test_samples_follow_the_targets_law(rule: str, num_draft_tokens: int, drafte
     assert alarm(output, ONE) > ALPHA
 
 
-@every_rule
-@pytest.mark.parametrize("drafter", ["model", "uneven", "short context", "itself", "repeats"])
+@pytest.mark.parametrize(
+    ("rule", "drafter"),
+    [
+        ("rejection", "uneven"),
+        ("block", "uneven"),
+        ("coupled", "uneven"),
+        ("block", "short context"),
+        ("rejection", "repeats"),
+        ("block", "none"),
+    ],
+)
 def test_unequal_rows_in_one_batch_follow_their_own_laws(rule: str, drafter: str) -> None:
-    """Prompts, filters and lengths differ, rows join and leave: one false alarm in 50,000 runs each."""
-    # CASES 5, 6, 8, 11, 17, 53
-    output = sample(DRAFTERS[drafter](), UNEQUAL, rule=rule, num_draft_tokens=3, max_batch_size=1500)
+    """Prompts, filters and lengths differ, rows join and leave: one false alarm in 66,000 runs each."""
+    # CASES 5, 6, 8, 11, 17
+    output = sample(DRAFTERS[drafter](), UNEQUAL, rule=rule, num_draft_tokens=3, max_batch_size=2500)
     assert alarm(output, UNEQUAL) > ALPHA
-    assert output.stats.acceptance_rate > (0.99 if drafter == "itself" else 0.1)
+    assert drafter == "none" or output.stats.acceptance_rate > 0.1
 
 
-def test_plain_decoding_follows_the_targets_law() -> None:
-    output = sample(None, UNEQUAL, max_batch_size=3000)
-    assert alarm(output, UNEQUAL) > ALPHA
+def test_a_penalty_on_repetition_follows_its_own_law() -> None:
+    """Its laws depend on every drafted token before."""  # CASES 53, 54, 55
+    penalised = [Kind((2, 1), SamplingParams(1.0, repetition_penalty=1.5), length=3)]
+    output = sample(DRAFTERS["model"](), penalised, num_draft_tokens=2)
+    assert alarm(output, penalised) > ALPHA
+    assert alarm(output, [replace(penalised[0], params=SamplingParams(1.0))]) < ALPHA
 
 
-# Negative controls: the same test must notice what is wrong.
+@pytest.mark.parametrize("rule", ["rejection", "block"])
+def test_a_drawn_token_may_be_passed_off_as_certain(rule: str) -> None:
+    """However a token was found: given as certain, it is accepted as often as the target says it."""
+    output = sample(Misreports(lambda draft: replace(draft, probs=None)), ONE, rule=rule)
+    assert alarm(output, ONE) > ALPHA
+
+
+@every_rule
+def test_a_drafter_that_is_the_target_is_always_accepted(rule: str) -> None:
+    output = sample(ModelDrafter(TableLM(TARGET)), UNEQUAL, 1000, rule=rule)
+    assert output.stats.acceptance_rate > 0.999
+    assert alarm(output, UNEQUAL, 1000) > ALPHA
+
+
+# Negative controls: the same test must notice what is wrong, and from a quarter of the samples.
+
+FEW = SAMPLES // 4
 
 
 class Misreports(ModelDrafter):
@@ -191,7 +218,6 @@ def sharpened(draft: Draft) -> Draft:
 WRONG_DRAFTS: dict[str, Callable[[Draft], Draft]] = {
     "argmax drawn, softmax reported": lambda draft: replace(draft, tokens=probs_of(draft).argmax(-1)),  # CASES 2, 9
     "another temperature reported": sharpened,  # CASES 3
-    "drawn reported as certain": lambda draft: replace(draft, probs=None),
     "a neighbour's law reported": lambda draft: replace(draft, probs=probs_of(draft).roll(1, 0)),  # CASES 17
     "the next position's law reported": lambda draft: replace(draft, probs=probs_of(draft).roll(-1, 1)),  # CASES 12
 }
@@ -200,8 +226,8 @@ WRONG_DRAFTS: dict[str, Callable[[Draft], Draft]] = {
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 @pytest.mark.parametrize("wrong", list(WRONG_DRAFTS))
 def test_the_test_notices_a_drafter_that_misreports_its_law(wrong: str, rule: str) -> None:
-    output = sample(Misreports(WRONG_DRAFTS[wrong]), UNEQUAL[:2], rule=rule, num_draft_tokens=3)
-    assert alarm(output, UNEQUAL[:2]) < ALPHA
+    output = sample(Misreports(WRONG_DRAFTS[wrong]), UNEQUAL, FEW, rule=rule, num_draft_tokens=3)
+    assert alarm(output, UNEQUAL, FEW) < ALPHA
 
 
 @every_rule
@@ -213,8 +239,8 @@ def test_the_test_notices_swapped_rows(rule: str, monkeypatch: pytest.MonkeyPatc
         return right(self, logits, drafted, at).roll(1 if logits.shape[1] > 1 else 0, 0)
 
     monkeypatch.setattr(Sequences, "laws", swapped)
-    output = sample(DRAFTERS["model"](), ONE, rule=rule, num_draft_tokens=3)
-    assert alarm(output, ONE) < ALPHA
+    output = sample(DRAFTERS["model"](), ONE, FEW, rule=rule, num_draft_tokens=3)
+    assert alarm(output, ONE, FEW) < ALPHA
 
 
 def reused_within_a_step(self: Randomness, count: int) -> Tensor:
@@ -223,7 +249,8 @@ def reused_within_a_step(self: Randomness, count: int) -> Tensor:
 
 def reused_between_steps(self: Randomness, count: int) -> Tensor:
     """Keyed by the position a number speaks of: a position drafted again meets the number it met before."""
-    return torch.cat([_accept(Randomness(self.seeds, self.starts + i), 1) for i in range(count)], dim=1)
+    again = [_accept(Randomness(self.seeds, self.starts + i), 1) for i in range(count)]
+    return torch.cat(again, dim=1) if again else _accept(self, 0)
 
 
 def reused_from_the_draft(self: Randomness, count: int) -> Tensor:
@@ -247,8 +274,8 @@ def test_the_test_notices_reused_accept_uniforms(
     rule: str, reused: Callable[[Randomness, int], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Randomness, "accept", reused)
-    output = sample(DRAFTERS["model"](), ONE, rule=rule, num_draft_tokens=3)
-    assert alarm(output, ONE) < ALPHA
+    output = sample(DRAFTERS["model"](), ONE, FEW, rule=rule, num_draft_tokens=3)
+    assert alarm(output, ONE, FEW) < ALPHA
 
 
 def test_the_test_notices_the_targets_noise_in_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,8 +294,8 @@ def first_acceptances(output: Output) -> Tensor:
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block"])
-@pytest.mark.parametrize("num_draft_tokens", [1, 2, 4])
-@pytest.mark.parametrize("drafter", ["model", "always 0"])
+@pytest.mark.parametrize("num_draft_tokens", [1, 3])
+@pytest.mark.parametrize("drafter", ["model", "always 2"])
 def test_as_many_drafts_are_accepted_as_enumeration_says(rule: str, num_draft_tokens: int, drafter: str) -> None:
     """5 standard errors: one false alarm in 1.7 million runs if the seed were random."""
     params = SamplingParams(0.8, top_p=0.97)
@@ -276,8 +303,8 @@ def test_as_many_drafts_are_accepted_as_enumeration_says(rule: str, num_draft_to
     found = first_acceptances(sample(DRAFTERS[drafter](), kinds, rule=rule, num_draft_tokens=num_draft_tokens))
     tree = table_tree(TARGET, (1, 2), num_draft_tokens + 1, params)
     proposals = table_tree(OTHER, (1, 2), num_draft_tokens, params)
-    if drafter == "always 0":
-        proposals = [torch.eye(VOCAB, dtype=torch.float64)[:1].expand(len(level), -1) for level in proposals]
+    if drafter == "always 2":
+        proposals = [torch.eye(VOCAB, dtype=torch.float64)[2:3].expand(len(level), -1) for level in proposals]
     parts = {"rejection": REJECTION, "block": BLOCK}[rule]
     expected = float(committed(RULES[rule], parts, tree, draft_batch(tree, proposals)).accepted[-1])
     if num_draft_tokens == 1:

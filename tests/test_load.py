@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from toys import native, noisy, tiny_gpt
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import specdec
 from specdec import CheckpointError, ConfigError, ModelError, SpecDecError, VocabularyError
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.load import load_lm
 from specdec.lm.native import NativeLM
+from specdec.load import load_gpt
 from specdec.nn.gpt import GPT, state_to_hf
+from toys import native, noisy, tiny_gpt
 
 VOCAB = 64
 LENGTH_BYTES = 8  # a safetensors file: the header's length, the header (JSON), the weights
@@ -162,14 +161,14 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     refuse(CheckpointError, "no config.json", tmp_path)
 
 
-def test_a_hub_id_offline_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_offline_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    started = time.monotonic()
-    refuse(CheckpointError, "'no-such-user/no-such-model' is neither a local directory nor", "no-such-user/no-such-model")
-    assert time.monotonic() - started < 60  # no retries; the bound is against hanging, not a speed
+    refuse(CheckpointError, "'nobody/nothing' is neither a local directory nor a hub model", "nobody/nothing")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_type": "no-such-model"}', '{"model_type": 3}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"model_type": "no-such-model"}', '{"model_type": 3}', "\x00"]
+)
 def test_a_damaged_config_is_refused(copied: Path, content: str) -> None:
     (copied / "config.json").write_text(content)
     refuse(CheckpointError, "config.json", copied)
@@ -207,18 +206,16 @@ def test_a_flipped_byte_in_the_header_is_refused_or_harmless(gpt: GPT, copied: P
     file = copied / "model.safetensors"
     whole = file.read_bytes()
     header = LENGTH_BYTES + int.from_bytes(whole[:LENGTH_BYTES], "little")
-    expected = load_lm(gpt).model.state_dict()  # type: ignore[attr-defined]
     refused = 0
     places = [*range(LENGTH_BYTES), *range(LENGTH_BYTES, header, 17)]
     for place in places:
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x15]) + whole[place + 1 :])
         try:
-            found = load_lm(copied)
-        except (CheckpointError, ModelError):
+            found = load_gpt(copied, gpt.config).state_dict()
+        except CheckpointError:
             refused += 1
         else:  # the metadata or the padding
-            for name, weight in found.model.state_dict().items():  # type: ignore[attr-defined]
-                assert weight.layout == torch._mkldnn or torch.equal(weight, expected[name])  # type: ignore[attr-defined]
+            assert all(torch.equal(weight, found[name]) for name, weight in gpt.state_dict().items())
     assert refused > 0.9 * len(places)
 
 
@@ -295,7 +292,9 @@ def test_a_draft_with_other_strings_is_refused(gpt: GPT, saved: Path, tmp_path: 
     # CASES 69, 70: the same size, two words exchanged
     words = [*WORDS[:10], "w11", "w10", *WORDS[12:]]
     draft = save(gpt, tmp_path / "draft", words)
-    refuse(VocabularyError, "different vocabularies: token 'w10' is id 10 in the target's.*and 11 in", saved, draft=draft)
+    refuse(
+        VocabularyError, "different vocabularies: token 'w10' is id 10 in the target's.*and 11 in", saved, draft=draft
+    )
     draft = save(gpt, tmp_path / "fewer", WORDS[:60])
     refuse(VocabularyError, r"token 'w60' is id 60 .*\(64 tokens\) and None .*\(60 tokens\)", saved, draft=draft)
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import TableLM, random_table
 
 from specdec import ConfigError, Engine, PromptError, SpecDecError
 from specdec.drafters.model import ModelDrafter
 from specdec.requests import Settings
+from toys import TableLM, random_table
 
 VOCAB, CONTEXT = 11, 16
 GOOD = [[1, 2], [3], [4, 5, 6]]

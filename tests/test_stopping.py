@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
-from toys import TableLM
 from transformers import PreTrainedTokenizerFast
 
 from specdec import Engine, Output
 from specdec.drafters.model import ModelDrafter
+from toys import TableLM
 
 # The target's greedy text is the next word, 0 -> 1 -> 2 ...; every word is a token, and spaces are part of them.
 WORDS = [f"w{i} " for i in range(30)] + ["x", "yz", "a", "bc", "de", "f", "<eos>", "\n\n", ".", "!"]
@@ -69,7 +69,8 @@ def test_end_of_text_ends_a_row_at_every_place_of_a_block(k: int) -> None:
     for eos in range(1, 2 * k + 4):
         output = run(found, [[0], [20]], eos_token_id=eos, max_new_tokens=25, num_draft_tokens=k)
         check(output, 0, range(1, eos + 1), "eos", words(1, eos))
-        check(output, 1, [i % SIZE for i in range(21, 46)][: 25 if eos > 5 else 20 + eos], "length" if eos > 5 else "eos")
+        ids = [i % SIZE for i in range(21, 46)]  # from 20 past the last id to 0 and on
+        check(output, 1, ids[: 20 + eos], "length" if eos > 5 else "eos")
 
 
 def test_the_first_of_several_ends_of_text_counts() -> None:
@@ -117,11 +118,9 @@ def test_a_stop_string_ends_a_row_wherever_it_lies(k: int) -> None:
     for stop, last, text in STOPS:
         output = run(found, [[0]], stop=stop, max_new_tokens=20, num_draft_tokens=k)
         check(output, 0, range(1, last + 1), "stop", text)
-        # in the same block as the length cap, on either side of it, and exactly at it
-        check(run(found, [[0]], stop=[stop], max_new_tokens=last, num_draft_tokens=k), 0, range(1, last + 1), "stop", text)
-        check(
-            run(found, [[0]], stop=stop, max_new_tokens=last + 1, num_draft_tokens=k), 0, range(1, last + 1), "stop", text
-        )
+        for cap in (last, last + 1):  # in the same block as the length cap, exactly at it and before it
+            output = run(found, [[0]], stop=[stop], max_new_tokens=cap, num_draft_tokens=k)
+            check(output, 0, range(1, last + 1), "stop", text)
         if last > 1:
             output = run(found, [[0]], stop=stop, max_new_tokens=last - 1, num_draft_tokens=k)
             check(output, 0, range(1, last), "length", words(1, last - 1))

@@ -7,12 +7,12 @@ import random
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from toys import native, noisy, tiny_gpt
 from transformers import PreTrainedTokenizerFast
 
 from specdec import Engine, Piece
 from specdec.drafters.model import ModelDrafter
 from specdec.text import TextStream, decode
+from toys import native, noisy, tiny_gpt
 
 # Two-, three- and four-byte characters, combining marks, joined emoji, flags, right-to-left, and a real U+FFFD.
 TEXTS = [

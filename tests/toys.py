@@ -30,7 +30,7 @@ class TableLM(CachedLM):
         grown[: self.memory.shape[0], : self.memory.shape[1]] = self.memory
         self.memory = grown
 
-    def _forward(self, tokens: Tensor, lengths: list[int], first: int) -> Tensor:
+    def _forward(self, tokens: Tensor, lengths: list[int], first: int, *, needs_logits: bool) -> Tensor:
         rows, width = tokens.shape
         self._reserve(first + rows, max(lengths) + width)
         slots = torch.arange(first, first + rows).unsqueeze(1)

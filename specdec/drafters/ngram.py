@@ -41,7 +41,9 @@ class NgramDrafter:
         """Nothing to do: tables belong to rows, wherever they live."""
 
     def free(self, rows: int) -> None:
-        """Nothing to do: a row's table goes when the row ends."""
+        """A row's table goes when the row ends; those of rows that were abandoned go when nothing is live."""
+        if rows == 0:
+            self._tables.clear()
 
     def _lookup(self, row: Row, count: int) -> list[int]:
         tokens = row.tokens

@@ -52,7 +52,7 @@ class CachedLM(ABC):
         started = time.perf_counter()
         rows, width = tokens.shape
         lengths = [self.lengths[first + b] + self._pending[first + b] for b in range(rows)]
-        hidden = self._forward(tokens.to(self.device), lengths, first)
+        hidden = self._forward(tokens.to(self.device), lengths, first, needs_logits=True)
         if last_only:
             ends = torch.tensor(counts if counts is not None else [width] * rows, device=self.device) - 1
             hidden = hidden[torch.arange(rows, device=self.device), ends]
@@ -71,7 +71,7 @@ class CachedLM(ABC):
             counts = [len(chunk) for chunk in chunks]
             longest = max(counts)
             tokens = torch.tensor([[*chunk, *[0] * (longest - len(chunk))] for chunk in chunks], device=self.device)
-            self._forward(tokens, self.lengths[first : first + len(texts)], first)
+            self._forward(tokens, self.lengths[first : first + len(texts)], first, needs_logits=False)
             self._read(len(texts), longest, counts, first)
             self.keep(counts, first=first)
         self.forward_seconds += time.perf_counter() - started
@@ -118,8 +118,11 @@ class CachedLM(ABC):
     def _reserve(self, rows: int, length: int) -> None: ...
 
     @abstractmethod
-    def _forward(self, tokens: Tensor, lengths: list[int], first: int) -> Tensor:
-        """Hidden states [B, T, ...] of tokens [B, T] that follow ``lengths[b]`` cached ones."""
+    def _forward(self, tokens: Tensor, lengths: list[int], first: int, *, needs_logits: bool) -> Tensor:
+        """Hidden states [B, T, ...] of tokens [B, T] that follow ``lengths[b]`` cached ones; whatever ``_head`` takes.
+
+        Without ``needs_logits`` the result is not used, so a model whose head is part of its forward pass may skip it.
+        """
 
     @abstractmethod
     def _head(self, hidden: Tensor) -> Tensor:

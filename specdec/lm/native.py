@@ -24,7 +24,7 @@ class NativeLM(CachedLM):
     def _reserve(self, rows: int, length: int) -> None:
         self.cache.reserve(rows, length)
 
-    def _forward(self, tokens: Tensor, lengths: list[int], first: int) -> Tensor:
+    def _forward(self, tokens: Tensor, lengths: list[int], first: int, *, needs_logits: bool) -> Tensor:
         self.cache.begin(lengths, tokens.shape[1], first)
         return self.model(tokens, self.cache)
 
