@@ -30,7 +30,7 @@ from specdec.errors import CheckpointError, ConfigError, ModelError, VocabularyE
 from specdec.lm.base import CachedLM
 from specdec.lm.hf import HFLM
 from specdec.lm.native import NativeLM
-from specdec.nn.gpt import GPT, rope_frequencies, state_from_hf, why_unsupported
+from specdec.nn.gpt import GPT, state_from_hf, why_unsupported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {"ngram": NgramDrafter}
@@ -101,7 +101,6 @@ def load_gpt(directory: Path, config: LlamaConfig, dtype: torch.dtype | None = N
             raise CheckpointError(f"{file} is damaged or cut short ({error}); restore it from its source") from error
     with torch.device("meta"):
         model = GPT(config)
-    model.register_buffer("frequencies", rope_frequencies(config)[0], persistent=False)
     try:
         model.load_state_dict(state_from_hf(state, config), assign=True)
     except RuntimeError as error:

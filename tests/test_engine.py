@@ -190,7 +190,9 @@ def test_samples_of_a_prompt_share_its_prefill_and_equal_single_runs(monkeypatch
     found, reads = Engine(native(target()), make_drafter("noisy")), []
     forward = found.target._forward
     monkeypatch.setattr(
-        found.target, "_forward", lambda tokens, *rest: reads.append(tokens.numel()) or forward(tokens, *rest)
+        found.target,
+        "_forward",
+        lambda tokens, *rest, **kind: reads.append(tokens.numel()) or forward(tokens, *rest, **kind),
     )
     prompt = list(range(50))
     found.generate([prompt], n=5, max_new_tokens=1, temperature=1.0)
@@ -560,7 +562,7 @@ def test_bfloat16_divergences_are_ties(capsys: pytest.CaptureFixture[str]) -> No
     model = tiny_gpt(0).to(torch.bfloat16)
     plain = Engine(native(model))
     drafted = Engine(native(model), ModelDrafter(native(noisy(tiny_gpt(0), 0.015).to(torch.bfloat16))))
-    prompts = make_prompts(48, seed=11)
+    prompts = make_prompts(24, seed=11)
     expected = [plain.generate([prompt], max_new_tokens=NEW).token_ids[0] for prompt in prompts]
     found = drafted.generate(prompts, max_new_tokens=NEW, num_draft_tokens=5).token_ids
     gaps = []

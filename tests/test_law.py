@@ -1,8 +1,8 @@
 """T1: what the real engine samples follows the target's law.
 
 G-tests of single tokens, of pairs and of whole texts, on tabular models whose law is computed exactly. Each alarm
-level is 1e-6 and seeds are fixed, so a test that passes once passes always; with random seeds the file (about 400
-p-values) would raise a false alarm once in 2,500 runs.
+level is 1e-6 and seeds are fixed, so a test that passes once passes always; with random seeds the file (about 250
+p-values) would raise a false alarm once in 4,000 runs.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class Uneven(ModelDrafter):
         return super().propose(sequences, [min(k, (row.index + len(row.tokens)) % 4) for row, k in rows])
 
 
-DRAFTERS: dict[str, Callable[[], Drafter | None]] = {
-    "none": lambda: None,
+DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "model": lambda: ModelDrafter(TableLM(OTHER)),
     "uneven": lambda: Uneven(TableLM(OTHER)),
     "short context": lambda: ModelDrafter(TableLM(OTHER, context=6)),
@@ -89,8 +88,8 @@ class Kind:
 ONE = [Kind((1, 2), SamplingParams(1.0))]
 UNEQUAL = [
     Kind((1, 2), SamplingParams(0.6, top_p=0.95), length=3),
-    Kind((3,), SamplingParams(1.0), length=4),
-    Kind((0, 2, 2, 1, 3, 0, 1), SamplingParams(1.8, top_k=3, min_p=0.1), length=3),
+    Kind((3,), SamplingParams(1.0), length=3),
+    Kind((0, 2, 2, 1, 3, 0, 1), SamplingParams(1.8, top_k=3, min_p=0.1), length=2),
 ]
 
 
@@ -101,7 +100,7 @@ def sample(drafter: Drafter | None, kinds: list[Kind], samples: int = SAMPLES, *
         [kind.prompt for kind in kinds],
         n=samples,
         max_new_tokens=[kind.length for kind in kinds],
-        **{"seed": 0, "max_batch_size": 4096, **columns, **settings},
+        **{"seed": 0, "max_batch_size": 2048, **columns, **settings},
     )
 
 
@@ -137,9 +136,7 @@ def alarm(output: Output, kinds: list[Kind], samples: int = SAMPLES) -> float:
 
 
 @every_rule
-@pytest.mark.parametrize(
-    ("drafter", "num_draft_tokens"), [("model", 1), ("model", 2), ("model", 4), ("ngram", 3), ("always 2", 3)]
-)
+@pytest.mark.parametrize(("drafter", "num_draft_tokens"), [("model", 1), ("model", 4), ("ngram", 3), ("repeats", 3)])
 def test_samples_follow_the_targets_law(rule: str, drafter: str, num_draft_tokens: int) -> None:
     """n = 20,000 texts of 5 tokens; one false alarm in 200,000 runs each if seeds were random."""
     # CASES 1, 2, 9, 10, 12; the bar: T1
@@ -155,30 +152,31 @@ def test_samples_follow_the_targets_law(rule: str, drafter: str, num_draft_token
         ("block", "uneven"),
         ("coupled", "uneven"),
         ("block", "short context"),
-        ("rejection", "repeats"),
-        ("block", "none"),
     ],
 )
 def test_unequal_rows_in_one_batch_follow_their_own_laws(rule: str, drafter: str) -> None:
     """Prompts, filters and lengths differ, rows join and leave: one false alarm in 66,000 runs each."""
     # CASES 5, 6, 8, 11, 17
-    output = sample(DRAFTERS[drafter](), UNEQUAL, rule=rule, num_draft_tokens=3, max_batch_size=2500)
+    output = sample(DRAFTERS[drafter](), UNEQUAL, rule=rule, num_draft_tokens=3, max_batch_size=1000)
     assert alarm(output, UNEQUAL) > ALPHA
-    assert drafter == "none" or output.stats.acceptance_rate > 0.1
+    assert output.stats.acceptance_rate > 0.1
+
+
+def test_plain_samples_follow_the_targets_law() -> None:
+    assert alarm(sample(None, ONE), ONE) > ALPHA
 
 
 def test_a_penalty_on_repetition_follows_its_own_law() -> None:
     """Its laws depend on every drafted token before."""  # CASES 53, 54, 55
-    penalised = [Kind((2, 1), SamplingParams(1.0, repetition_penalty=1.5), length=3)]
-    output = sample(DRAFTERS["model"](), penalised, num_draft_tokens=2)
+    penalised = [Kind((2, 1), SamplingParams(1.0, repetition_penalty=1.5), length=2)]
+    output = sample(DRAFTERS["model"](), penalised, num_draft_tokens=1)
     assert alarm(output, penalised) > ALPHA
     assert alarm(output, [replace(penalised[0], params=SamplingParams(1.0))]) < ALPHA
 
 
-@pytest.mark.parametrize("rule", ["rejection", "block"])
-def test_a_drawn_token_may_be_passed_off_as_certain(rule: str) -> None:
+def test_a_drawn_token_may_be_passed_off_as_certain() -> None:
     """However a token was found: given as certain, it is accepted as often as the target says it."""
-    output = sample(Misreports(lambda draft: replace(draft, probs=None)), ONE, rule=rule)
+    output = sample(Misreports(lambda draft: replace(draft, probs=None)), ONE, rule="block")
     assert alarm(output, ONE) > ALPHA
 
 
@@ -226,8 +224,8 @@ WRONG_DRAFTS: dict[str, Callable[[Draft], Draft]] = {
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 @pytest.mark.parametrize("wrong", list(WRONG_DRAFTS))
 def test_the_test_notices_a_drafter_that_misreports_its_law(wrong: str, rule: str) -> None:
-    output = sample(Misreports(WRONG_DRAFTS[wrong]), UNEQUAL, FEW, rule=rule, num_draft_tokens=3)
-    assert alarm(output, UNEQUAL, FEW) < ALPHA
+    output = sample(Misreports(WRONG_DRAFTS[wrong]), UNEQUAL[:2], FEW, rule=rule, num_draft_tokens=3)
+    assert alarm(output, UNEQUAL[:2], FEW) < ALPHA
 
 
 @every_rule
@@ -261,28 +259,27 @@ _accept = Randomness.accept
 
 
 @pytest.mark.parametrize(
-    ("rule", "reused"),
+    ("rule", "drafter", "reused"),
     [
-        ("rejection", reused_within_a_step),
-        ("block", reused_within_a_step),
-        ("block", reused_between_steps),
-        ("rejection", reused_from_the_draft),
-        ("block", reused_from_the_draft),
+        ("rejection", "model", reused_within_a_step),
+        ("block", "model", reused_within_a_step),
+        ("block", "always 2", reused_between_steps),  # harmless for rejection, which looks no further than it goes
+        ("rejection", "model", reused_from_the_draft),
+        ("block", "model", reused_from_the_draft),
     ],
 )
 def test_the_test_notices_reused_accept_uniforms(
-    rule: str, reused: Callable[[Randomness, int], Tensor], monkeypatch: pytest.MonkeyPatch
+    rule: str, drafter: str, reused: Callable[[Randomness, int], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Randomness, "accept", reused)
-    output = sample(DRAFTERS["model"](), ONE, FEW, rule=rule, num_draft_tokens=3)
+    output = sample(DRAFTERS[drafter](), ONE, FEW, rule=rule, num_draft_tokens=3)
     assert alarm(output, ONE, FEW) < ALPHA
 
 
 def test_the_test_notices_the_targets_noise_in_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Right for the coupled rule, wrong for the others: a correction would be drawn with the draft's own numbers."""
     monkeypatch.setattr("specdec.engine.Sequences", lambda **given: Sequences(**{**given, "coupled": True}))
-    assert alarm(sample(DRAFTERS["model"](), ONE, rule="coupled"), ONE) > ALPHA
-    assert alarm(sample(DRAFTERS["model"](), ONE, rule="rejection"), ONE) < ALPHA
+    assert alarm(sample(DRAFTERS["model"](), ONE, rule="block"), ONE) < ALPHA
 
 
 # Acceptance.
@@ -294,9 +291,8 @@ def first_acceptances(output: Output) -> Tensor:
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block"])
-@pytest.mark.parametrize("num_draft_tokens", [1, 3])
-@pytest.mark.parametrize("drafter", ["model", "always 2"])
-def test_as_many_drafts_are_accepted_as_enumeration_says(rule: str, num_draft_tokens: int, drafter: str) -> None:
+@pytest.mark.parametrize(("drafter", "num_draft_tokens"), [("model", 1), ("model", 3), ("always 2", 3)])
+def test_as_many_drafts_are_accepted_as_enumeration_says(rule: str, drafter: str, num_draft_tokens: int) -> None:
     """5 standard errors: one false alarm in 1.7 million runs if the seed were random."""
     params = SamplingParams(0.8, top_p=0.97)
     kinds = [Kind((1, 2), params, length=num_draft_tokens + 1)]

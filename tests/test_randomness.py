@@ -279,10 +279,12 @@ def test_numbers_keyed_by_slot_are_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     """Mutation: a stream per place in the batch; a row that moves or stands elsewhere gets another's."""
     # CASES 58
     right = Randomness._key
-    monkeypatch.setattr(
-        Randomness, "_key", lambda self, purpose, position: right(self, purpose, position) + torch.arange(
-            len(self.seeds)).view(-1, *[1] * (position.dim() - 1))
-    )  # fmt: skip
+
+    def by_slot(self: Randomness, purpose: int, position: Tensor) -> Tensor:
+        slots = torch.arange(len(self.seeds)).view(-1, *[1] * (position.dim() - 1))
+        return right(self, purpose, position) + slots
+
+    monkeypatch.setattr(Randomness, "_key", by_slot)
     assert depends_on_its_neighbours("model", "block")
 
 
@@ -333,10 +335,11 @@ def test_one_stream_for_unseeded_requests_is_noticed(monkeypatch: pytest.MonkeyP
 def test_ignored_seeds_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     # CASES 57, 58
     right = Randomness._key
-    monkeypatch.setattr(
-        Randomness, "_key", lambda self, purpose, position: right(
-            Randomness(torch.zeros_like(self.seeds), self.starts), purpose, position)
-    )  # fmt: skip
+
+    def seedless(self: Randomness, purpose: int, position: Tensor) -> Tensor:
+        return right(Randomness(torch.zeros_like(self.seeds), self.starts), purpose, position)
+
+    monkeypatch.setattr(Randomness, "_key", seedless)
     assert samples_repeat()
 
 

@@ -22,9 +22,9 @@ class Counting(TableLM):
 
     passes = 0
 
-    def _forward(self, tokens: Tensor, lengths: list[int], first: int) -> Tensor:
+    def _forward(self, tokens: Tensor, lengths: list[int], first: int, *, needs_logits: bool) -> Tensor:
         self.passes += 1
-        return super()._forward(tokens, lengths, first)
+        return super()._forward(tokens, lengths, first, needs_logits=needs_logits)
 
 
 @pytest.fixture

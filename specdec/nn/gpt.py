@@ -108,9 +108,8 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(dropout)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.frequencies: Tensor
-        frequencies, self.rope_scale = rope_frequencies(config)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        # Not a buffer: a model moved to bfloat16 must keep its angles in float32.
+        self.frequencies, self.rope_scale = rope_frequencies(config)
         self.apply(self._initialise)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -127,7 +126,8 @@ class GPT(nn.Module):
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, T, 1, D] of the rotary angles, computed in float32 as the reference does."""
-        angles = positions.unsqueeze(-1).float() * self.frequencies.float()
+        self.frequencies = self.frequencies.to(positions.device)
+        angles = positions.unsqueeze(-1).float() * self.frequencies
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
         return (angles.cos() * self.rope_scale).to(dtype), (angles.sin() * self.rope_scale).to(dtype)
 
@@ -181,7 +181,7 @@ def rope_frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
     if kind != "default":
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         return frequencies, float(scale)
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
 

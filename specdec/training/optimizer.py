@@ -1,7 +1,7 @@
 """AdamW on float32 master weights, while the model itself computes in the precision its processor is fast at.
 
-A bfloat16 model reads and writes half the memory and needs no casts, which autocast would repeat every step: measured
-on two Zen 5 cores, 8 x 384 with 2,048 tokens a step, 4,300 tokens/s against 1,400 in float32.
+A bfloat16 model reads and writes half the memory and needs no casts, which autocast would repeat every step. On one
+Zen 5 core a 512 x 512 product takes 0.51 ms in bfloat16 and 2.26 ms in float32.
 """
 
 from __future__ import annotations
