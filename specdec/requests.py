@@ -248,7 +248,7 @@ def _seeds(settings: Settings, count: int) -> list[int]:
 def _seed(value: object) -> int:
     if not _is_id(value) or not 0 <= int(value) < 2**60:  # type: ignore[call-overload]
         raise ConfigError(f"seed must be an integer from 0 to 2**60 - 1, or None, got {value!r}")
-    return int(value)  # type: ignore[call-overload, no-any-return]
+    return int(value)  # type: ignore[call-overload]
 
 
 def _per_prompt(name: str, value: Any, count: int) -> list[Any]:

@@ -113,7 +113,7 @@ class HFLM(CachedLM):
             with _evaluating(self.model):
                 plain = [self.model(input_ids=text[None], use_cache=False).logits[0].float() for text in texts]
             found = self._ragged(texts)
-        except Exception as error:  # whatever a model's code raises on our cache is the reason to refuse it
+        except Exception as error:  # noqa: BLE001  whatever a model raises on our cache is the reason to refuse it
             return f"its forward pass raised {type(error).__name__}: {error}"
         finally:
             self.free(0)
@@ -121,9 +121,9 @@ class HFLM(CachedLM):
         scale = max(float(logits.std()) for logits in plain)
         for row, begin, logits in found:
             expected = plain[row][begin : begin + len(logits)]
-            error = float((logits.float() - expected).abs().max())
-            if not error <= _TOLERANCE.get(self.dtype, 1e-1) * max(scale, 1e-3):
-                return f"logits differ by {error:.2g} (their spread is {scale:.2g}) from a plain forward pass"
+            difference = float((logits.float() - expected).abs().max())
+            if not difference <= _TOLERANCE.get(self.dtype, 1e-1) * max(scale, 1e-3):
+                return f"logits differ by {difference:.2g} (their spread is {scale:.2g}) from a plain forward pass"
         return None
 
     def _ragged(self, texts: Tensor) -> list[tuple[int, int, Tensor]]:
