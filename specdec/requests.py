@@ -245,10 +245,10 @@ def _seeds(settings: Settings, count: int) -> list[int]:
     return [_seed(settings.seed) + i * settings.n for i in range(count)]
 
 
-def _seed(value: object) -> int:
-    if not _is_id(value) or not 0 <= int(value) < 2**60:  # type: ignore[call-overload]
+def _seed(value: Any) -> int:
+    if not _is_id(value) or not 0 <= value < 2**60:
         raise ConfigError(f"seed must be an integer from 0 to 2**60 - 1, or None, got {value!r}")
-    return int(value)  # type: ignore[call-overload]
+    return int(value)
 
 
 def _per_prompt(name: str, value: Any, count: int) -> list[Any]:

@@ -1,12 +1,12 @@
 """Any Hugging Face causal LM, unpatched, with a ragged cache.
 
-Three public extension points make it work. The *cache* handed to the model is ours: its layers write each row's keys
-and values at that row's own slots. *Positions* are given per row. For *masks* the model's own code is asked: it hands
-an index-based mask function (causal, sliding window, chunked, ...) to the builder registered for its attention
-implementation, and while one of our passes runs, that builder evaluates the function on every row's own positions.
+Three things make rows of different lengths exact. The *cache* handed to the model is ours: its layers write each
+row's keys and values at that row's own slots. *Positions* are given per row. *Masks* are the model's own: its code
+hands an index-based function (causal, sliding window, chunked, ...) to the mask builder registered for its attention
+implementation, and while a pass of ours runs, that builder gets the function on every row's own positions.
 
-No architecture is named here. A model is admitted by a probe: some ragged steps on the model itself, compared with
-plain forwards without a cache.
+No architecture is named here, and one that does not play along would be wrong in silence. So a model is admitted by a
+probe: some ragged passes of the model itself, compared with each row alone and without a cache.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from specdec.errors import ModelError
 from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
 
-ATTENTION = ("sdpa", "eager")  # implementations whose mask builder we know how to stand in for
+ATTENTION = ("sdpa", "eager")  # implementations whose masks say for every pair of tokens who may look at whom
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "dummy")  # those that can forget a token
 UNBOUNDED = 1 << 20  # context of a model whose configuration names none
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 
 _pass: ContextVar[RaggedCache | None] = ContextVar("specdec_pass", default=None)
-_admitted: dict[tuple[str, ...], str | None] = {}
 
 
 class HFLM(CachedLM):
-    """A ``PreTrainedModel`` with a cache of ours. Nothing of the model, its config or its caches is changed.
+    """A ``PreTrainedModel`` with a cache of ours; several of them may share one model.
 
-    Raises ``ModelError`` for a model that cannot be decoded exactly this way, saying why.
+    Nothing of the model, its config or its training flags is changed; passes run in evaluation mode. Raises
+    ``ModelError`` for a model that cannot be decoded exactly this way, saying why.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        config = model.config.get_text_config(decoder=True)
-        context = getattr(config, "max_position_embeddings", None) or UNBOUNDED
-        super().__init__(_logits_width(model), int(context), model.device, model.dtype)
-        _check_supported(model)
+        self._layers = _check_supported(model)
+        super().__init__(_logits_width(model), _context(model), model.device, model.dtype)
         self.model = model
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._trims_logits = "logits_to_keep" in accepted
-        self._layers = int(config.num_hidden_layers)
         _stand_in_for_mask_builders()
         self._clear()
-        self._admit()
+        _admit(self)
+        self._clear()
 
     def _clear(self) -> None:
+        self.lengths, self.starts, self._pending = [], [], []
+        self.forward_seconds = 0.0
         self.cache = RaggedCache(self.dtype, self.device)
         self._hf_cache = Cache(layers=[_RaggedLayer(self.cache, layer) for layer in range(self._layers)])
 
@@ -67,19 +67,17 @@ class HFLM(CachedLM):
     def _forward(self, tokens: Tensor, lengths: list[int], first: int, *, needs_logits: bool) -> Tensor:
         """Logits [B, T, V]; of the last token only where none are needed, because the head is inside the model."""
         self.cache.begin(lengths, tokens.shape[1], first)
-        arguments: dict[str, Any] = {"input_ids": tokens, "past_key_values": self._hf_cache, "use_cache": True}
+        given: dict[str, Any] = {"past_key_values": self._hf_cache, "use_cache": True}
         if self._takes_positions:
             # Padding columns may lie past the context, where a table of positions has no row.
-            arguments["position_ids"] = self.cache.positions.clamp(max=self.context - 1)
+            given["position_ids"] = self.cache.positions.clamp(max=self.context - 1)
         if self._trims_logits and not needs_logits:
-            arguments["logits_to_keep"] = 1
+            given["logits_to_keep"] = 1
         token = _pass.set(self.cache)
         try:
-            with _evaluating(self.model):
-                logits: Tensor = self.model(**arguments).logits
+            return _logits(self.model, tokens, given)
         finally:
             _pass.reset(token)
-        return logits
 
     def _head(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -90,60 +88,14 @@ class HFLM(CachedLM):
     def _wipe(self, first: int, last: int) -> None:
         self.cache.wipe(first, last)
 
-    def _admit(self) -> None:
-        """Raise unless the probe, run once per class, configuration and library version, finds the model exact."""
-        settings = json.dumps(self.model.config.to_dict(), sort_keys=True, default=str)
-        key = (type(self.model).__qualname__, settings, transformers.__version__, str(self.dtype))
-        if key not in _admitted:
-            _admitted[key] = self._probe()
-        reason = _admitted[key]
-        if reason is not None:
-            raise ModelError(
-                f"{type(self.model).__name__} cannot be decoded exactly in ragged batches: {reason}. "
-                "Use it with transformers' own generate"
-            )
-
-    @torch.inference_mode()
-    def _probe(self) -> str | None:
-        """What differs between ragged cached steps and plain forwards; None when nothing does."""
-        generator = torch.Generator().manual_seed(0)
-        length = min(24, self.context)
-        texts = torch.randint(self.vocab_size, (2, length), generator=generator).to(self.device)
-        try:
-            with _evaluating(self.model):
-                plain = [self.model(input_ids=text[None], use_cache=False).logits[0].float() for text in texts]
-            found = self._ragged(texts)
-        except Exception as error:  # noqa: BLE001  whatever a model raises on our cache is the reason to refuse it
-            return f"its forward pass raised {type(error).__name__}: {error}"
-        finally:
-            self.free(0)
-            self._clear()
-        scale = max(float(logits.std()) for logits in plain)
-        for row, begin, logits in found:
-            expected = plain[row][begin : begin + len(logits)]
-            difference = float((logits.float() - expected).abs().max())
-            if not difference <= _TOLERANCE.get(self.dtype, 1e-1) * max(scale, 1e-3):
-                return f"logits differ by {difference:.2g} (their spread is {scale:.2g}) from a plain forward pass"
-        return None
-
-    def _ragged(self, texts: Tensor) -> list[tuple[int, int, Tensor]]:
-        """Read two texts in steps of 3 that keep different amounts; (row, position, logits) of every step."""
-        found = []
-        self.reserve(2, texts.shape[1] + 3)
-        self.fill([texts[0, :2].tolist(), texts[1, :5].tolist()])
-        for keep in ([3, 1], [0, 3], [2, 2], [3, 1]) * 2:
-            if max(self.lengths[:2]) + 3 > texts.shape[1]:
-                break
-            starts = list(self.lengths[:2])
-            window = torch.stack([texts[row, start : start + 3] for row, start in enumerate(starts)])
-            logits = self.append(window)
-            found += [(row, start, logits[row]) for row, start in enumerate(starts)]
-            self.keep(keep)
-        return found
-
 
 class _RaggedLayer(CacheLayerMixin):
-    """One layer of the cache that the model sees; all state is in the shared ``RaggedCache``."""
+    """One layer of the cache that the model sees; all state is in the shared ``RaggedCache``.
+
+    A window lives in the mask and not here, so that forgetting is exact.
+    """
+
+    is_sliding = False
 
     def __init__(self, cache: RaggedCache, layer: int) -> None:
         super().__init__()
@@ -165,45 +117,46 @@ class _RaggedLayer(CacheLayerMixin):
         return -1
 
 
+class _RaggedMasks:
+    """A mask builder of transformers that, during a pass of ours, sees every row at its own positions."""
+
+    def __init__(self, builder: Callable[..., Any]) -> None:
+        self.builder = builder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = _pass.get()
+        if cache is None or kwargs.get("allow_is_bidirectional_skip"):  # not our pass, or not a causal mask
+            return self.builder(*args, **kwargs)
+        mask_function, positions, visible = kwargs["mask_function"], cache.positions, cache.visible
+
+        def on_own_positions(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen: Tensor = mask_function(row, head, positions[row, query], key)
+            return seen & visible[row, query, key]
+
+        ours = {"mask_function": on_own_positions, "attention_mask": None, "allow_is_causal_skip": False}
+        sizes = {"q_length": positions.shape[1], "q_offset": 0, "kv_length": cache.live, "kv_offset": 0}
+        return self.builder(*args, **{**kwargs, **ours, **sizes})
+
+
 def _stand_in_for_mask_builders() -> None:
-    """Wrap the registered mask builders once; outside our passes they do what they did."""
+    """Wrap the registered mask builders, once in a process; outside our passes they do what they did."""
     for name in ATTENTION:
         builder = ALL_MASK_ATTENTION_FUNCTIONS[name]
-        if not hasattr(builder, "specdec_original"):
-            ALL_MASK_ATTENTION_FUNCTIONS[name] = _ragged_builder(builder, additive=name == "eager")
+        if not isinstance(builder, _RaggedMasks):
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, _RaggedMasks(builder))
 
 
-def _ragged_builder(original: Callable[..., Any], *, additive: bool) -> Callable[..., Any]:
-    def build(*args: Any, mask_function: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
-        cache = _pass.get()
-        if cache is None or mask_function is None or kwargs.get("allow_is_bidirectional_skip"):
-            given = {} if mask_function is None else {"mask_function": mask_function}
-            return original(*args, **given, **kwargs)
-        allowed = _on_own_positions(mask_function, cache)
-        if not additive:
-            return allowed
-        dtype = kwargs.get("dtype", torch.float32)
-        zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return zeros.masked_fill_(~allowed, torch.finfo(dtype).min)
-
-    build.specdec_original = original  # type: ignore[attr-defined]
-    return build
-
-
-def _on_own_positions(mask_function: Callable[..., Any], cache: RaggedCache) -> Tensor:
-    """The model's mask function on every row's own positions, [B, 1, T, L] bool; a query always sees itself."""
-    queries = cache.positions[:, None, :, None]
-    keys = torch.arange(cache.live, device=cache.device).view(1, 1, 1, -1)
-    rows = torch.arange(len(queries), device=cache.device).view(-1, 1, 1, 1)
-    heads = torch.zeros_like(rows)
-    allowed: Tensor = mask_function(rows, heads, queries, keys)
-    return (allowed & cache.visible.unsqueeze(1)) | (queries == keys)
+def _logits(model: PreTrainedModel, tokens: Tensor, given: dict[str, Any]) -> Tensor:
+    """The model's own logits of tokens [B, T], in evaluation mode."""
+    with _evaluating(model):
+        logits: Tensor = model(input_ids=tokens, return_dict=True, **given).logits
+    return logits
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off while a pass runs; modules that were training are training again afterwards."""
-    training = [module for module in model.modules() if module.training] if model.training else []
+    training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
@@ -213,23 +166,127 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _check_supported(model: PreTrainedModel) -> None:
-    """What can be told without running the model."""
-    config = model.config
-    name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder; specdec runs decoder-only causal language models")
+# --- What can be told without running a model
+
+
+def _check_supported(model: PreTrainedModel) -> int:
+    """Refuse what is known not to work; the number of layers of all others."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise _refusal(model, "it is an encoder-decoder, and only decoder-only models can be")
     if model.get_output_embeddings() is None:
-        raise ModelError(f"{name} has no language-model head; load it as a causal language model")
-    attention = getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
-    if attention not in ATTENTION:
-        raise ModelError(
-            f"{name} runs with attention {attention!r}; specdec needs one of {', '.join(ATTENTION)}. "
-            'Load it with attn_implementation="sdpa"'
+        raise _refusal(model, "it has no language-model head. Load it with AutoModelForCausalLM")
+    if config._attn_implementation not in ATTENTION:
+        raise _refusal(
+            model,
+            f"its attention is {config._attn_implementation!r}, not one of {', '.join(ATTENTION)}. "
+            'Load it with attn_implementation="sdpa"',
         )
+    layer_types = get_layer_types_and_kwargs(config)[0]
+    others = sorted(set(layer_types) - set(LAYER_TYPES))
+    if others or model._is_stateful or "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise _refusal(
+            model,
+            f"its layers of type {', '.join(others) or 'recurrent'} keep a state that cannot forget a token; "
+            f"allowed are {', '.join(LAYER_TYPES[:-1])}",
+        )
+    return len(layer_types)
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} cannot be decoded exactly in ragged batches: {reason}. "
+        "What specdec cannot run, transformers' own generate can"
+    )
 
 
 def _logits_width(model: PreTrainedModel) -> int:
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    return int(weight.shape[0]) if weight is not None else int(model.config.get_text_config(decoder=True).vocab_size)
+    width = getattr(model.get_output_embeddings(), "out_features", None)
+    return int(width or model.config.get_text_config(decoder=True).vocab_size)
+
+
+def _context(model: PreTrainedModel) -> int:
+    """Positions up to which a row's logits depend on that row alone.
+
+    With longrope one row past the length of the pretraining changes the rotary frequencies of the whole batch.
+    """
+    config = model.config.get_text_config(decoder=True)
+    limits = [getattr(config, "max_position_embeddings", None)]
+    settings = getattr(config, "rope_parameters", None) or {}
+    for rope in [settings, *(part for part in settings.values() if isinstance(part, dict))]:  # or one per layer type
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=UNBOUNDED)
+
+
+# --- What only running it tells
+
+# Tokens that each of two rows keeps of each pass of the probe. The first pass is padded, the others read wrong tokens
+# behind the kept ones.
+_KEPT = ((2, 1), (1, 3), (3, 0), (1, 3))
+_WIDTH = 3
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+_exact: set[tuple[object, ...]] = set()  # what the probe has found exact in this process
+
+
+def _admit(lm: HFLM) -> None:
+    """Raise unless the probe, run once per class, configuration and library version, finds the model exact."""
+    model = lm.model
+    settings = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    key = (type(model), settings, attention, transformers.__version__, lm.dtype, lm.device.type)
+    if key in _exact:
+        return
+    try:
+        reason = _difference(lm)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model's code raises on our cache is the reason to refuse it
+        raise _refusal(model, f"its forward pass raised {type(error).__name__}: {error}") from error
+    if reason is not None:
+        raise _refusal(model, reason)
+    _exact.add(key)
+
+
+@torch.inference_mode()
+def _difference(lm: HFLM) -> str | None:
+    """How two rows in ragged passes differ from each of them alone and without a cache; None when they do not."""
+    texts = _random_tokens(lm.model, 2, sum(kept[0] for kept in _KEPT), seed=0).to(lm.device)
+    plain = [_logits(lm.model, text[None], {"use_cache": False})[0].float() for text in texts]
+    if plain[0].shape[-1] != lm.vocab_size:
+        return f"its logits have {plain[0].shape[-1]} entries where its head has {lm.vocab_size}"
+    found: list[list[Tensor]] = [[], []]
+    lm.reserve(2, texts.shape[1])
+    for turn, kept in enumerate(_KEPT):
+        tokens = _random_tokens(lm.model, 2, _WIDTH, seed=1 + turn).to(lm.device)
+        for row, count in enumerate(kept):
+            tokens[row, :count] = texts[row, lm.lengths[row] : lm.lengths[row] + count]
+        logits = lm.append(tokens, kept if turn == 0 else None).float()
+        lm.keep(kept)
+        for row, count in enumerate(kept):
+            found[row].append(logits[row, :count])
+    expected = torch.stack(plain)
+    spread = float((expected - expected.mean(-1, keepdim=True)).square().mean().sqrt())
+    error = float((torch.stack([torch.cat(parts) for parts in found]) - expected).square().mean(-1).max().sqrt())
+    if error <= _tolerance(lm) * spread:
+        return None
+    return f"logits of ragged passes differ by {error:.2g} from those of each row alone (their spread is {spread:.2g})"
+
+
+def _tolerance(lm: HFLM) -> float:
+    """Rounding error allowed, relative to the spread of the logits."""
+    coarse = lm.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return _TOLERANCE[torch.bfloat16 if coarse else lm.dtype]
+
+
+def _random_tokens(model: PreTrainedModel, rows: int, width: int, *, seed: int) -> Tensor:
+    """Random ids, without those that the config gives a meaning of their own (padding, images, ...)."""
+    special: set[int] = set()
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        for name, value in config.to_dict().items():
+            if name.endswith(("_token_id", "_token_index")):
+                special.update(value if isinstance(value, list) else [value])
+    size = model.get_input_embeddings().num_embeddings
+    ordinary = torch.tensor([token for token in range(size) if token not in special] or list(range(size)))
+    return ordinary[torch.randint(len(ordinary), (rows, width), generator=torch.Generator().manual_seed(seed))]

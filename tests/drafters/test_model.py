@@ -51,10 +51,16 @@ class Recording(ModelDrafter):
                 read, start = self.lm.lengths[slot], self.lm.starts[slot]
                 assert isinstance(self.lm, TableLM) and start + read < len(row.tokens)
                 assert self.lm.memory[slot, :read].tolist() == row.tokens[start : start + read]
+                width = self.records[-1][1].tokens.shape[1]
+                if self.skip == 0 and step.drafted[slot]:  # unread: the last token, and the last draft if accepted
+                    assert len(row.tokens) - start - read == 1 + (step.accepted[slot] == width)
 
 
 def table_law(table: Tensor, text: list[int], params: SamplingParams) -> Tensor:
-    return law(table[text[-2] if len(text) > 1 else 0, text[-1]], params)
+    logits = table[text[-2] if len(text) > 1 else 0, text[-1]].clone()
+    for token in set(text):
+        logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
+    return law(logits, params)
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3, 12])
@@ -65,6 +71,7 @@ def test_reported_laws_are_those_of_the_prefix_with_the_targets_filters(skip: in
     drafter = Recording(TableLM(tables[1], context=256), skip)
     found = Engine(TableLM(tables[0], context=256), drafter)
     filters = {"temperature": temperature, "top_k": 4, "top_p": 0.9} if temperature else {}
+    filters["repetition_penalty"] = 1.5
     for rule in ("block", "coupled"):
         output = found.generate(
             PROMPTS * 3, max_new_tokens=[5, 40, 25, 60] * 3, num_draft_tokens=4, max_batch_size=5, seed=1, rule=rule,
