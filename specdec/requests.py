@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -115,38 +115,32 @@ def build_requests(
     found: list[Request | SpecDecError] = []
     for i, tokens in enumerate(texts):
         values = {name: column[i] for name, column in columns.items()}
+        request: Request | SpecDecError
+        try:
+            request = tokens if isinstance(tokens, PromptError) else _request(i, tokens, values, settings, limits)
+        except SpecDecError as error:
+            request = error
         for j in range(settings.n):
-            try:
-                found.append(_request(i, tokens, values, seeds[i] + j, settings, eos_ids, limits))
-            except SpecDecError as error:
-                found.append(error)
+            sample = replace(request, seed=seeds[i] + j, eos_ids=eos_ids) if isinstance(request, Request) else request
+            found.append(sample)
     return found
 
 
 _PER_PROMPT = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens")
 
 
-def _request(
-    index: int,
-    tokens: list[int],
-    values: dict[str, Any],
-    seed: int,
-    settings: Settings,
-    eos_ids: frozenset[int],
-    limits: Limits,
-) -> Request:
+def _request(index: int, tokens: list[int], values: dict[str, Any], settings: Settings, limits: Limits) -> Request:
+    """The request of prompt ``index``, its seed and EOS ids still to be set."""
     slide = settings.context == "slide"
     check_prompt(index, tokens, limits, slide=slide)
-    _count("max_new_tokens", values["max_new_tokens"], 1)
-    length = len(tokens) + values["max_new_tokens"]
+    max_new_tokens = values.pop("max_new_tokens")
+    _count("max_new_tokens", max_new_tokens, 1)
+    length = len(tokens) + max_new_tokens
     return Request(
         prompt=tuple(tokens),
         max_length=length if slide else min(length, limits.context),
-        params=SamplingParams(**{name: value for name, value in values.items() if name != "max_new_tokens"}),
-        seed=seed,
-        eos_ids=eos_ids,
+        params=SamplingParams(**values),
         stop=tuple(settings.stop),
-        slide=slide,
         sample_of=index,
     )
 
@@ -170,14 +164,17 @@ def check_prompt(index: int, tokens: Sequence[int], limits: Limits, *, slide: bo
 
 def token_lists(
     prompts: Prompts, attention_mask: Tensor | None, tokenizer: PreTrainedTokenizerBase | None
-) -> list[list[int]]:
-    """Every accepted form of prompts as lists of token ids; padding is dropped here and nowhere else."""
+) -> list[list[int] | PromptError]:
+    """Every accepted form of prompts as lists of token ids; padding is dropped here and nowhere else.
+
+    A prompt of a list that is neither text nor ids gives its error in its place.
+    """
     if isinstance(prompts, Mapping):
         if "input_ids" not in prompts:
             raise PromptError(f"a mapping of prompts needs 'input_ids', got {', '.join(map(repr, prompts))}")
         return token_lists(prompts["input_ids"], prompts.get("attention_mask"), tokenizer)
     if isinstance(prompts, Tensor):
-        return _unpad(prompts, attention_mask)
+        return list(_unpad(prompts, attention_mask))
     if attention_mask is not None:
         raise ConfigError("attention_mask goes with a tensor of token ids; prompts of other kinds have no padding")
     if isinstance(prompts, str):
@@ -190,7 +187,7 @@ def token_lists(
     return [_tokens_of(prompt, tokenizer) for prompt in rows]
 
 
-def _tokens_of(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def _tokens_of(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int] | PromptError:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ConfigError("a text prompt needs a tokenizer, and this model came without one; pass tokenizer=")
@@ -198,7 +195,7 @@ def _tokens_of(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[i
     if isinstance(prompt, Tensor):
         prompt = prompt.tolist()
     if not isinstance(prompt, Sequence) or not all(_is_id(token) for token in prompt):
-        raise PromptError(f"a prompt must be text or integer token ids, got {prompt!r:.80}")
+        return PromptError(f"a prompt must be text or integer token ids, got {repr(prompt)[:80]}")
     return [int(token) for token in prompt]
 
 

@@ -22,8 +22,8 @@ from specdec.verify import Verdict
 class Request:
     """One row to generate: validated, in token ids, independent of every other row.
 
-    ``max_length`` counts prompt and new tokens; ``slide`` lets a row outgrow the model's context by keeping its most
-    recent tokens. ``sample_of`` names requests that share a prompt (and its prefill).
+    ``max_length`` counts prompt and new tokens; beyond the model's context the row keeps its most recent tokens only.
+    ``sample_of`` names requests that share a prompt (and its prefill).
     """
 
     prompt: tuple[int, ...]
@@ -32,7 +32,6 @@ class Request:
     seed: int = 0
     eos_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
-    slide: bool = False
     sample_of: int | None = None
 
 

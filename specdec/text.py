@@ -30,10 +30,14 @@ class TextStream:
         self._ids.append(token)
         before = self._decode(self._ids[self._window : self._decoded])
         after = self._decode(self._ids[self._window :])
-        if len(after) <= len(before) or after.endswith(_INCOMPLETE):
-            return False
-        self._window, self._decoded = self._decoded, len(self._ids)
-        return self._extend(after[len(before) :])
+        piece = after[len(before) :]
+        if piece.endswith(_INCOMPLETE):
+            whole = piece.rstrip(_INCOMPLETE)
+            return any(stop in self._tail() + whole for stop in self._stop) and self._extend(whole)
+        if piece:
+            self._window, self._decoded = self._decoded, len(self._ids)
+            self._extend(piece)
+        return self.stopped
 
     def finish(self) -> None:
         """No token follows: an incomplete character is part of the text now."""
@@ -55,14 +59,19 @@ class TextStream:
         return self._text
 
     def _extend(self, piece: str) -> bool:
-        # A stop string may begin up to its own length before the new piece.
-        search_from = max(0, len(self._text) - max(map(len, self._stop), default=0))
+        """Add certain text; whether it completes a stop string, before which the text then ends."""
+        search_from = len(self._text) - len(self._tail())
         self._text += piece
         places = [place for stop in self._stop if (place := self._text.find(stop, search_from)) >= 0]
         if places:
             self._text = self._text[: min(places)]
             self.stopped = True
         return self.stopped
+
+    def _tail(self) -> str:
+        """The end of the text in which a stop string may have begun."""
+        longest = max(map(len, self._stop), default=0)
+        return self._text[-longest:] if longest else ""
 
     def _held_back(self) -> int:
         """How many characters at the end may turn out to be the beginning of a stop string."""

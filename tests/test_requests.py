@@ -63,7 +63,7 @@ def refuse(engine: Engine, kind: type[SpecDecError], parts: list[str], prompts: 
         (None, ["prompts must be", "NoneType"]),
         (7, ["prompts must be", "int"]),
         ({1, 2}, ["prompts must be", "set"]),
-        ([1, "a"], ["token ids"]),
+        ([1, None], ["token ids"]),
         ([[1, 2.5]], ["integer token ids", "2.5"]),
         ([[1, None]], ["integer token ids", "None"]),
         ([[True, False]], ["integer token ids", "True"]),
@@ -240,6 +240,20 @@ def test_the_longest_prompt_that_fits_gets_one_token(engine: Engine) -> None:
     # CASES 52
     output = engine.generate([[1] * 15], max_new_tokens=50)
     assert len(output.token_ids[0]) == 1 and output.finish_reasons == ["length"]
+
+
+def test_a_prompt_of_the_wrong_kind_fails_alone(engine: Engine) -> None:
+    output = engine.generate([[1], [1.5], [2]], max_new_tokens=3, on_error="return")
+    assert [type(error) for error in output.errors] == [type(None), PromptError, type(None)]
+    assert output.token_ids[::2] == engine.generate([[1], [2]], max_new_tokens=3).token_ids
+
+
+def test_no_two_outputs_of_a_call_share_a_seed(engine: Engine) -> None:
+    # CASES 60
+    for n in (1, 3):
+        assert engine.generate(GOOD, n=n, seed=7, max_new_tokens=1).seeds == list(range(7, 7 + 3 * n))
+        unseeded = engine.generate(GOOD, n=n, max_new_tokens=1).seeds
+        assert len(set(unseeded)) == 3 * n
 
 
 def test_settings_are_checked_when_made() -> None:

@@ -104,7 +104,8 @@ class CachedLM(ABC):
     @torch.inference_mode()
     def free(self, rows: int) -> None:
         """Only the first ``rows`` slots are still in use; the others are emptied."""
-        used = max((slot + 1 for slot, length in enumerate(self.lengths) if length), default=0)
+        read = zip(self.lengths, self._pending, strict=True)
+        used = max((slot + 1 for slot, counts in enumerate(read) if any(counts)), default=0)
         if used > rows:
             self._wipe(rows, used)
         for slot in range(rows, len(self.lengths)):

@@ -29,11 +29,13 @@ from specdec.errors import ModelError
 from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
 
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (row, head, query, key) -> may it look there
+
 ATTENTION = ("sdpa", "eager")  # implementations whose masks say for every pair of tokens who may look at whom
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "dummy")  # those that can forget a token
 UNBOUNDED = 1 << 20  # context of a model whose configuration names none
 
-_pass: ContextVar[RaggedCache | None] = ContextVar("specdec_pass", default=None)
+_running: ContextVar[HFLM | None] = ContextVar("specdec_running", default=None)  # whose pass runs here
 
 
 class HFLM(CachedLM):
@@ -59,7 +61,9 @@ class HFLM(CachedLM):
         self.lengths, self.starts, self._pending = [], [], []
         self.forward_seconds = 0.0
         self.cache = RaggedCache(self.dtype, self.device)
-        self._hf_cache = Cache(layers=[_RaggedLayer(self.cache, layer) for layer in range(self._layers)])
+        self.mask_functions: list[MaskFunction] = []  # what the model has asked for in the latest pass
+        self.skew = 0  # added to the length that the model is told; only the probe does
+        self._hf_cache = Cache(layers=[_RaggedLayer(self, layer) for layer in range(self._layers)])
 
     def _reserve(self, rows: int, length: int) -> None:
         self.cache.reserve(rows, length)
@@ -73,11 +77,12 @@ class HFLM(CachedLM):
             given["position_ids"] = self.cache.positions.clamp(max=self.context - 1)
         if self._trims_logits and not needs_logits:
             given["logits_to_keep"] = 1
-        token = _pass.set(self.cache)
+        self.mask_functions.clear()
+        token = _running.set(self)
         try:
             return _logits(self.model, tokens, given)
         finally:
-            _pass.reset(token)
+            _running.reset(token)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -90,28 +95,29 @@ class HFLM(CachedLM):
 
 
 class _RaggedLayer(CacheLayerMixin):
-    """One layer of the cache that the model sees; all state is in the shared ``RaggedCache``.
+    """One layer of the cache that the model sees; all state is in the ``RaggedCache`` of its ``HFLM``.
 
     A window lives in the mask and not here, so that forgetting is exact.
     """
 
     is_sliding = False
 
-    def __init__(self, cache: RaggedCache, layer: int) -> None:
+    def __init__(self, lm: HFLM, layer: int) -> None:
         super().__init__()
-        self.cache, self.layer, self.is_initialized = cache, layer, True
+        self.lm, self.layer, self.is_initialized = lm, layer, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: buffers appear with the first update."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.cache.update(self.layer, key_states, value_states)
+        return self.lm.cache.update(self.layer, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.live, 0
+        return self.lm.cache.live, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.live - self.cache.positions.shape[1]
+        """Of the longest row; where a row is, only ``position_ids`` and masks tell."""
+        return self.lm.cache.live - self.lm.cache.positions.shape[1] + self.lm.skew
 
     def get_max_length(self) -> int:
         return -1
@@ -124,17 +130,18 @@ class _RaggedMasks:
         self.builder = builder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = _pass.get()
-        if cache is None or kwargs.get("allow_is_bidirectional_skip"):  # not our pass, or not a causal mask
+        lm = _running.get()
+        if lm is None or kwargs.get("allow_is_bidirectional_skip"):  # not our pass, or not a causal mask
             return self.builder(*args, **kwargs)
-        mask_function, positions, visible = kwargs["mask_function"], cache.positions, cache.visible
+        mask_function: MaskFunction = kwargs["mask_function"]
+        positions, visible = lm.cache.positions, lm.cache.visible
+        lm.mask_functions.append(mask_function)
 
         def on_own_positions(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            seen: Tensor = mask_function(row, head, positions[row, query], key)
-            return seen & visible[row, query, key]
+            return mask_function(row, head, positions[row, query], key) & visible[row, query, key]
 
         ours = {"mask_function": on_own_positions, "attention_mask": None, "allow_is_causal_skip": False}
-        sizes = {"q_length": positions.shape[1], "q_offset": 0, "kv_length": cache.live, "kv_offset": 0}
+        sizes = {"q_length": positions.shape[1], "q_offset": 0, "kv_length": lm.cache.live, "kv_offset": 0}
         return self.builder(*args, **{**kwargs, **ours, **sizes})
 
 
@@ -184,12 +191,14 @@ def _check_supported(model: PreTrainedModel) -> int:
         )
     layer_types = get_layer_types_and_kwargs(config)[0]
     others = sorted(set(layer_types) - set(LAYER_TYPES))
-    if others or model._is_stateful or "past_key_values" not in inspect.signature(model.forward).parameters:
+    if others or model._is_stateful:
         raise _refusal(
             model,
             f"its layers of type {', '.join(others) or 'recurrent'} keep a state that cannot forget a token; "
             f"allowed are {', '.join(LAYER_TYPES[:-1])}",
         )
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise _refusal(model, "its forward pass takes no past_key_values, so that it cannot remember what it has read")
     return len(layer_types)
 
 
@@ -225,6 +234,7 @@ def _context(model: PreTrainedModel) -> int:
 # behind the kept ones.
 _KEPT = ((2, 1), (1, 3), (3, 0), (1, 3))
 _WIDTH = 3
+_SKEW = 100_000  # tokens; beyond all thresholds at which models change what they do with long texts
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 _exact: set[tuple[object, ...]] = set()  # what the probe has found exact in this process
@@ -253,25 +263,66 @@ def _admit(lm: HFLM) -> None:
 def _difference(lm: HFLM) -> str | None:
     """How two rows in ragged passes differ from each of them alone and without a cache; None when they do not."""
     texts = _random_tokens(lm.model, 2, sum(kept[0] for kept in _KEPT), seed=0).to(lm.device)
-    plain = [_logits(lm.model, text[None], {"use_cache": False})[0].float() for text in texts]
-    if plain[0].shape[-1] != lm.vocab_size:
-        return f"its logits have {plain[0].shape[-1]} entries where its head has {lm.vocab_size}"
-    found: list[list[Tensor]] = [[], []]
+    plain = torch.stack([_logits(lm.model, text[None], {"use_cache": False})[0].float() for text in texts])
+    if plain.shape[-1] != lm.vocab_size:
+        return f"its logits have {plain.shape[-1]} entries where its head has {lm.vocab_size}"
+    limit = _tolerance(lm) * float((plain - plain.mean(-1, keepdim=True)).square().mean().sqrt())
     lm.reserve(2, texts.shape[1])
     for turn, kept in enumerate(_KEPT):
         tokens = _random_tokens(lm.model, 2, _WIDTH, seed=1 + turn).to(lm.device)
         for row, count in enumerate(kept):
             tokens[row, :count] = texts[row, lm.lengths[row] : lm.lengths[row] + count]
-        logits = lm.append(tokens, kept if turn == 0 else None).float()
-        lm.keep(kept)
+        logits = lm.append(tokens, kept if turn == 0 else None)
         for row, count in enumerate(kept):
-            found[row].append(logits[row, :count])
-    expected = torch.stack(plain)
-    spread = float((expected - expected.mean(-1, keepdim=True)).square().mean().sqrt())
-    error = float((torch.stack([torch.cat(parts) for parts in found]) - expected).square().mean(-1).max().sqrt())
-    if error <= _tolerance(lm) * spread:
-        return None
-    return f"logits of ragged passes differ by {error:.2g} from those of each row alone (their spread is {spread:.2g})"
+            expected = plain[row, lm.lengths[row] : lm.lengths[row] + count]
+            error = _distance(logits[row, :count], expected)
+            if not error <= limit:
+                return (
+                    f"logits of ragged passes differ by {error:.2g} from those of each row alone, allowed {limit:.2g}"
+                )
+        lm.keep(kept if turn < len(_KEPT) - 1 else (0, 0))
+    if hidden := _hidden_window(lm):
+        return f"its config has {hidden} and its masks have no window, so it must have one of its own making"
+    if not _distance(_told_another_length(lm, tokens, logits), logits.float()) <= limit:
+        return "its logits depend on the length of its cache, which is that of no single row"
+    return None
+
+
+def _told_another_length(lm: HFLM, tokens: Tensor, logits: Tensor) -> Tensor:
+    """The last pass again, with the same positions, by a model that believes its cache to be much longer.
+
+    Those that only size a mask by it, which is then thrown away, may fail: they give ``logits``.
+    """
+    lm.skew = _SKEW
+    try:
+        return lm.append(tokens)
+    except RuntimeError:
+        return logits
+    finally:
+        lm.skew = 0
+
+
+def _distance(logits: Tensor, expected: Tensor) -> float:
+    """Root mean square over the vocabulary, of the worst position."""
+    errors = (logits.float() - expected).square().mean(-1).sqrt()
+    return float(errors.max()) if errors.numel() else 0.0
+
+
+def _hidden_window(lm: HFLM) -> str | None:
+    """Name of a window in the config that none of the model's mask functions knows.
+
+    Windows are longer than the probe, so that what it reads cannot tell whether they are applied as they should.
+    """
+    config = lm.model.config.get_text_config(decoder=True)
+    if getattr(config, "layer_types", None) is not None:
+        return None  # says itself which layers have one, and those ask for such masks
+    zero = torch.zeros((), dtype=torch.long, device=lm.device)
+    for name, window in config.to_dict().items():
+        if name.endswith(("window", "window_size", "attention_chunk_size")) and type(window) is int:
+            seen = [bool(mask(zero, zero, zero + window, zero)) for mask in lm.mask_functions]
+            if 0 < window < lm.context and all(seen):
+                return f"{name} of {window}"
+    return None
 
 
 def _tolerance(lm: HFLM) -> float:

@@ -193,7 +193,9 @@ _JOINED = {
 
 def state_from_hf(state: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
     """``GPT``'s state dict of a ``LlamaForCausalLM`` one: the same weights, projections joined."""
-    result = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    # Old checkpoints also hold rotary frequencies, which the configuration determines.
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    result = {name.removeprefix("model."): tensor for name, tensor in kept.items()}
     if config.tie_word_embeddings and "embed_tokens.weight" in result:
         result["lm_head.weight"] = result["embed_tokens.weight"]
     for layer in range(config.num_hidden_layers):

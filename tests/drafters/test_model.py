@@ -51,8 +51,8 @@ class Recording(ModelDrafter):
                 read, start = self.lm.lengths[slot], self.lm.starts[slot]
                 assert isinstance(self.lm, TableLM) and start + read < len(row.tokens)
                 assert self.lm.memory[slot, :read].tolist() == row.tokens[start : start + read]
-                width = self.records[-1][1].tokens.shape[1]
-                if self.skip == 0 and step.drafted[slot]:  # unread: the last token, and the last draft if accepted
+                if step.drafted[slot]:  # unread: the last token, and the last drafted one if it was accepted
+                    width = self.records[-1][1].tokens.shape[1]
                     assert len(row.tokens) - start - read == 1 + (step.accepted[slot] == width)
 
 
