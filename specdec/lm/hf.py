@@ -298,8 +298,6 @@ def _told_another_length(lm: HFLM, tokens: Tensor, logits: Tensor) -> Tensor:
         return lm.append(tokens)
     except RuntimeError:
         return logits
-    finally:
-        lm.skew = 0
 
 
 def _distance(logits: Tensor, expected: Tensor) -> float:

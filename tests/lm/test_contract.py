@@ -185,6 +185,7 @@ def test_tokens_that_were_read_and_never_kept_do_not_leak(checked: Checked) -> N
     poison(checked.lm, 0)
     poison(checked.lm, 1)
     checked.free(0)
+    checked.fill([[1, 2, 3, 4, 5, 6], [7]])
     checked.append(some_tokens(2, 2))
 
 

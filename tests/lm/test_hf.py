@@ -14,6 +14,8 @@ from transformers import (
     BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
@@ -344,6 +346,13 @@ def test_recurrent_layers_among_others_are_refused() -> None:
         HFLM(model)
 
 
+def test_a_model_that_says_it_keeps_a_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    monkeypatch.setattr(type(model), "_is_stateful", True)
+    with pytest.raises(ModelError, match="recurrent keep a state"):
+        HFLM(model)
+
+
 def test_attention_without_a_mask_of_pairs_is_refused() -> None:
     model = llama()
     model.config._attn_implementation = "flash_attention_2"
@@ -363,11 +372,15 @@ def test_weights_that_are_not_finite_are_refused_and_not_remembered() -> None:
 # --- Families with ways of their own
 
 
-def test_alibi_follows_the_rows() -> None:
+@pytest.mark.parametrize("family", ["bloom", "falcon"])
+def test_alibi_follows_the_rows(family: str) -> None:
     torch.manual_seed(0)
-    config = BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)
-    found = checked(BloomForCausalLM(config))
-    assert found.lm.context == hf.UNBOUNDED
+    shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if family == "bloom":
+        found = checked(BloomForCausalLM(BloomConfig(**shape, initializer_range=0.3)))
+        assert found.lm.context == hf.UNBOUNDED
+    else:  # sizes a mask by the length that the cache reports
+        found = checked(FalconForCausalLM(FalconConfig(**shape, alibi=True, initializer_range=0.3)))
     found.reserve(3, 30)
     found.fill([[1, 2, 3, 4, 5, 6, 7], [8], [9, 10]])
     for step in range(4):
