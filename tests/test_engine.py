@@ -84,29 +84,7 @@ def hf_texts() -> list[list[int]]:
     return texts
 
 
-# --- T2: greedy equality
-
-
-def check_greedy(draft: str, rule: str, batch: int, k: int, hf_texts: list[list[int]]) -> None:
-    output = engine(draft).generate(PROMPTS[:batch], max_new_tokens=NEW, num_draft_tokens=k, rule=rule)
-    assert output.token_ids == hf_texts[:batch], f"{draft}, {rule}, batch {batch}, k {k}"
-    assert output.finish_reasons == ["length"] * batch
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("draft", DRAFTS)
-def test_greedy_text_is_hugging_faces(draft: str, rule: str, hf_texts: list[list[int]]) -> None:
-    # CASES 43, 44: each batch size and draft length here, all their pairs over the twelve combinations, all in the
-    # slow test.
-    shift = DRAFTS.index(draft) * len(RULES) + list(RULES).index(rule)
-    for i, batch in enumerate(BATCHES):
-        check_greedy(draft, rule, batch, DRAFT_LENGTHS[(i + shift) % len(DRAFT_LENGTHS)], hf_texts)
-
-
-@pytest.mark.slow
-def test_greedy_text_is_hugging_faces_in_every_combination(hf_texts: list[list[int]]) -> None:
-    for draft, rule, batch, k in itertools.product(DRAFTS, RULES, BATCHES, DRAFT_LENGTHS):
-        check_greedy(draft, rule, batch, k, hf_texts)
+# --- rows that are padded, wait and join; test_greedy.py has the whole matrix
 
 
 def test_the_drafts_of_these_tests_are_right_always_sometimes_and_never() -> None:

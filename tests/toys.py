@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from specdec.lm.base import CachedLM
@@ -75,12 +76,15 @@ def tiny_gpt(seed: int = 0, vocab_size: int = 61, context: int = 256, layers: in
     return GPT(config).eval().requires_grad_(False)
 
 
-def noisy(model: GPT, scale: float = 0.03, seed: int = 1) -> GPT:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def noisy(model: Model, scale: float = 0.03, seed: int = 1) -> Model:
     """A copy of ``model`` with disturbed weights: a draft that is right some of the time."""
     result = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     for weight in result.parameters():
-        weight.add_(torch.randn(weight.shape, generator=generator) * scale)
+        weight.data.add_(torch.randn(weight.shape, generator=generator) * scale)
     return result
 
 
