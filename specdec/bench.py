@@ -167,11 +167,11 @@ def _known(stats: Stats) -> dict[str, Any]:
 
 
 def table(measurements: Sequence[Measurement], title: str) -> Table:
-    """The measurements as a table for the terminal."""
+    """The measurements as a table for the terminal; fits into 80 columns."""
     result = Table(title=title)
-    for heading in ("method", "batch", "T", "tokens/s", "speedup", "acceptance", "mean length", "loop overhead"):
-        result.add_column(heading, justify="left" if heading == "method" else "right")
-    for m in measurements:
+    for heading in ("method", "batch", "T", "tokens/s", "speedup", "accepted", "length", "overhead"):
+        result.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for i, m in enumerate(measurements):
         result.add_row(
             m.method,
             str(m.batch),
@@ -181,8 +181,9 @@ def table(measurements: Sequence[Measurement], title: str) -> Table:
             "-" if m.acceptance_rate is None else f"{m.acceptance_rate:.0%}",
             "-" if m.mean_acceptance_length is None else f"{m.mean_acceptance_length:.2f}",
             "-" if m.overhead_share is None else f"{m.overhead_share:.0%}",
-            end_section=m is measurements[-1],
+            end_section=i + 1 < len(measurements) and measurements[i + 1].batch != m.batch,
         )
+    result.caption = "accepted: share of drafted tokens; length: tokens per target pass; overhead: outside the models"
     return result
 
 

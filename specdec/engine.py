@@ -170,11 +170,10 @@ class _Call:
             draft = drafter.propose(sequences, lengths)
         else:
             draft = Draft.empty(len(sequences), sequences.device)
-        logits = self.target.append(torch.cat([sequences.last_tokens, draft.tokens], dim=1))
-        logits = sequences.fit(logits)
-        laws = sequences.laws(logits, draft.tokens)
-        verdict = self.rule(laws, draft, sequences.randomness)
-        step = sequences.commit(logits, draft, verdict)
+        logits = sequences.fit(self.target.append(torch.cat([sequences.last_tokens, draft.tokens], dim=1)))
+        scores = sequences.scores(logits, draft.tokens)
+        verdict = self.rule(sequences.laws(scores), draft, sequences.randomness)
+        step = sequences.commit(logits, scores, draft, verdict)
         self.target.keep([1 + accepted for accepted in step.accepted])
         for slot in step.retried:
             self.target.forget(slot)

@@ -147,10 +147,10 @@ class Sequences:
         missing = self.vocab_size - logits.shape[-1]
         return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
 
-    def laws(self, logits: Tensor, drafted: Tensor, at: int = 0) -> Tensor:
-        """Each row's laws, float32 [B, T, V], of logits [B, T, V].
+    def scores(self, logits: Tensor, drafted: Tensor, at: int = 0) -> Tensor:
+        """Logits [B, T, V] after each row's processors, which see exactly the prefix that plain decoding would.
 
-        Position t follows the row's text and ``drafted[:, : at + t]``; processors see exactly that prefix.
+        Position t follows the row's text and ``drafted[:, : at + t]``.
         """
         if self._reads_prefix:
             logits = logits.clone()
@@ -159,11 +159,18 @@ class Sequences:
             for t in range(logits.shape[1]):
                 prefix = torch.cat([text, drafted[b, : at + t].to(text)])
                 logits[b, t] = self.rows[b].processors(prefix[None], logits[b, t][None])[0]
-        return laws(logits, self._params)
+        return logits
 
-    def commit(self, logits: Tensor, draft: Draft, verdict: Verdict) -> Step:
-        """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation."""
-        is_sound = torch.isfinite(logits.amax(-1)).all(-1)
+    def laws(self, scores: Tensor) -> Tensor:
+        """Each row's laws, float32 [B, T, V], of its scores [B, T, V]."""
+        return laws(scores, self._params)
+
+    def commit(self, logits: Tensor, scores: Tensor, draft: Draft, verdict: Verdict) -> Step:
+        """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation.
+
+        Logprobs are those of ``logits``; ``scores``, what the laws were made of, must leave every law a token.
+        """
+        is_sound = has_law(scores).all(-1)
         parts = [verdict.accepted * is_sound, draft.lengths, is_sound.long(), verdict.next_token]
         table = torch.cat([torch.stack(parts, dim=1), draft.tokens], dim=1).tolist()
         logprobs = self._committed_logprobs(logits, draft, verdict) if self._logprobs else None
@@ -171,7 +178,7 @@ class Sequences:
         for b, (accepted, _, sound, next_token, *drafted) in enumerate(table):
             row = self.rows[b]
             if not sound and not drafted:
-                row.fail(_broken_logits(row))
+                row.fail(_broken_scores(row))
             step.committed.append(row.commit([*drafted[:accepted], next_token], accepted) if sound else 0)
             if logprobs is not None:
                 row.logprobs.extend(logprobs[b][: step.committed[b]])
@@ -200,8 +207,15 @@ class Sequences:
         return found
 
 
-def _broken_logits(row: Row) -> ModelError:
+def has_law(scores: Tensor) -> Tensor:
+    """Whether scores [..., V] make a law, [...]: none is NaN or +inf, and at least one token is allowed (not -inf)."""
+    return torch.isfinite(scores.amax(-1))
+
+
+def _broken_scores(row: Row) -> ModelError:
     return ModelError(
-        f"the target's logits for request {row.index} are not finite after {len(row.new_tokens)} new tokens; "
-        "expected finite numbers (or -inf for some tokens). Check the weights, or use float32 instead of float16"
+        f"no next token can be drawn for request {row.index} after {len(row.new_tokens)} new tokens: the target's "
+        "logits, after the row's processors, are NaN, +inf or all -inf. Expected finite numbers for some tokens and "
+        "-inf for the others. Check the weights, use float32 instead of float16, or loosen repetition_penalty and "
+        "min_new_tokens"
     )

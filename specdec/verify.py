@@ -86,7 +86,7 @@ def block_chances(target_probs: Tensor, draft: Draft, survival: Tensor) -> Tenso
         return reached
     left = _excess(target_probs[:, 1:-1], _draft_probs(draft, slice(1, None), target_probs), reached[:, :-1]).sum(-1)
     refused = left + (1 - reached[:, :-1])
-    inner = torch.where(refused > 0, left / refused, 1.0)
+    inner = torch.where(refused == 0, 1.0, left / refused)  # NaN never accepts
     chances = torch.cat([inner, reached[:, -1:]], dim=1)
     last = torch.arange(reached.shape[1], device=reached.device) == draft.lengths.unsqueeze(1) - 1
     return torch.where(last, reached, torch.where(is_drafted(draft), chances, 0.0))

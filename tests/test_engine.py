@@ -415,7 +415,7 @@ def test_a_row_whose_target_breaks_fails_alone(k: int) -> None:
     expected = found.generate(prompts, **settings)
     for index in range(7):
         bad = [prompt + [60] * (i == index) for i, prompt in enumerate(prompts)]
-        with pytest.raises(GenerationError, match=f"1 of 7 rows failed.*request {index}.*not finite") as caught:
+        with pytest.raises(GenerationError, match=f"1 of 7 rows failed.*request {index}.*NaN") as caught:
             found.generate(bad, **settings)
         returned = found.generate(bad, on_error="return", **settings)
         for output in (caught.value.result, returned):
@@ -426,6 +426,21 @@ def test_a_row_whose_target_breaks_fails_alone(k: int) -> None:
                 assert output.token_ids[i] == expected.token_ids[i] and output.errors[i] is None
         assert list(found.stream(bad, **settings))[-1].index != index
     assert_empty(found)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("k", [0, 3])
+def test_a_row_whose_every_token_is_forbidden_fails_alone(k: int, rule: str) -> None:
+    """Finite logits whose processors leave no law: here end-of-text is all that may come, and it may not come yet."""
+    table = torch.full((8, 8, 8), -math.inf)
+    table[..., 5] = 1.0
+    engine = Engine(TableLM(table), ModelDrafter(TableLM(table)), eos_ids=frozenset([5]))
+    output = engine.generate(
+        [[1], [2], [3]], min_new_tokens=[0, 2, 0], temperature=[0.0, 1.0, 1.0], num_draft_tokens=k, rule=rule,
+        on_error="return", seed=0,
+    )  # fmt: skip
+    assert output.token_ids == [[5], [], [5]] and output.finish_reasons == ["eos", "error", "eos"]
+    assert isinstance(output.errors[1], ModelError) and "min_new_tokens" in str(output.errors[1])
 
 
 def test_a_target_that_breaks_midway_keeps_what_it_said() -> None:

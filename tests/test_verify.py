@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -362,6 +363,18 @@ def test_a_broken_draft_law_is_refused_in_favour_of_the_targets(rule: str) -> No
         noise = torch.full((4, 4), 1e6).fill_diagonal_(1e-6)
         verdict = RULES[rule](target_probs, draft, Forced(torch.full((4, 1), uniform), noise))  # type: ignore[arg-type]
         assert verdict.accepted.tolist() == [0] * 4 and verdict.next_token.tolist() == [0, 1, 2, 3]
+
+
+@both_rules
+def test_nothing_behind_a_broken_draft_law_is_accepted(rule: str) -> None:
+    """NaN inside a draft: not even the luckiest numbers carry the text past it."""
+    # CASES 66
+    target_probs = random_tree(4, 3, 65)[0].expand(4, 4, -1)
+    laws = random_tree(4, 2, 66)[0].expand(4, 3, -1).clone()
+    laws[:, 1] = math.nan
+    draft = Draft(torch.arange(4).unsqueeze(1).expand(-1, 3), torch.full((4,), 3), laws)
+    verdict = RULES[rule](target_probs, draft, Forced(torch.zeros(4, 3), torch.ones(4, 4)))  # type: ignore[arg-type]
+    assert verdict.accepted.max() <= 1
 
 
 # Greedy: one-hot laws.

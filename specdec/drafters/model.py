@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specdec.draft import Draft
 from specdec.lm.base import CachedLM, catch_up, window_start
-from specdec.sequences import Sequences, Step
+from specdec.sequences import Sequences, Step, has_law
 
 _SLACK = 8  # unread tokens that the first drafting pass takes along; more get passes of their own
 
@@ -43,10 +43,10 @@ class ModelDrafter:
         for i in range(count):
             if i > 0:
                 logits = self.lm.append(tokens[:, -1:], last_only=True)
-            logits = sequences.fit(logits)
+            scores = sequences.scores(sequences.fit(logits).unsqueeze(1), tokens, at=i)
             # A broken law may not be drawn from; deciding before its token is drawn keeps the text's law exact.
-            allowed = torch.where(torch.isfinite(logits.amax(-1)), allowed, allowed.clamp(max=i))
-            law = sequences.laws(logits.unsqueeze(1), tokens, at=i).squeeze(1)
+            allowed = torch.where(has_law(scores).squeeze(1), allowed, allowed.clamp(max=i))
+            law = sequences.laws(scores).squeeze(1)
             tokens = torch.cat([tokens, sequences.randomness.draft(i, law).unsqueeze(1)], dim=1)
             probs.append(law)
         return Draft(tokens, allowed, None if sequences.greedy else torch.stack(probs, dim=1))

@@ -175,7 +175,7 @@ def held_out_prompts(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, *, coun
     while len(prompts) < count:
         document = corpus.held_out[attempts % len(corpus.held_out)]
         start = document.text.find("\n", _hash(f"{document.name} {attempts}") % len(document.text)) + 1
-        ids = tokenizer.encode(document.text[start : start + 16 * tokens], add_special_tokens=False)
+        ids = tokenizer.encode(document.text[start : start + 16 * tokens], add_special_tokens=False, verbose=False)
         if len(ids) > tokens:  # the last id may be cut in the middle of a word, so one more is asked for
             prompts.append(ids[:tokens])
         attempts += 1
