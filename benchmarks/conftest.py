@@ -19,7 +19,7 @@ from specdec.training.data import gather, held_out_prompts
 @pytest.fixture(scope="session")
 def pair(request: pytest.FixtureRequest) -> Path:
     """Directory of a trained pair."""
-    if request.config.getoption("benchmark_disable"):
+    if not request.config.getoption("benchmark_enable"):
         tiny: Path = request.getfixturevalue("tiny_pair")
         return tiny
     return demo_pair()
@@ -43,9 +43,3 @@ def prompts(engine: Engine) -> Callable[[int], list[list[int]]]:
     assert engine.tokenizer is not None
     found = held_out_prompts(engine.tokenizer, gather("stdlib"), count=16, tokens=128)
     return lambda count: found[:count]
-
-
-@pytest.fixture(scope="session")
-def plain_speed() -> dict[tuple[int, float], float]:
-    """Tokens per second of plain decoding by (batch, temperature), filled as the plain benchmarks run first."""
-    return {}

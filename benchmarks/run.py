@@ -17,8 +17,10 @@ from rich.table import Table
 from specdec import bench
 
 HERE = Path(__file__).parent
-COLUMNS = ("method", "batch", "temperature", "tokens_per_second", "ratio_to_plain", "acceptance_rate",
-           "mean_acceptance_length", "overhead_share")  # fmt: skip
+COLUMNS = {"method": "{}", "batch": "{}", "temperature": "{:g}", "tokens_per_second": "{:.0f}",
+           "ratio_to_plain": "{:.2f}x", "acceptance_rate": "{:.0%}", "mean_acceptance_length": "{:.2f}",
+           "overhead_share": "{:.0%}"}  # fmt: skip
+HEADINGS = ("method", "batch", "T", "tokens/s", "ratio", "accepted", "length", "overhead")
 
 
 def main() -> int:
@@ -32,9 +34,9 @@ def main() -> int:
             return status
         cells = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
     rows = sorted((cell["extra_info"] for cell in cells), key=lambda row: (row["temperature"], row["batch"]))
-    table = Table(*(name.replace("_", " ") for name in COLUMNS))
+    table = Table(*HEADINGS)
     for row in rows:
-        table.add_row(*(f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in COLUMNS))
+        table.add_row(*(form.format(row[name]) for name, form in COLUMNS.items()))
     Console().print(table)
     (HERE / "results").mkdir(exist_ok=True)
     figures = {"machine": bench.machine(), "cells": rows}

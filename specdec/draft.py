@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -30,6 +31,11 @@ class Draft:
         """No proposal for any row: the step becomes plain decoding."""
         zeros = torch.zeros(rows, 0, dtype=torch.long, device=device)
         return cls(zeros, torch.zeros(rows, dtype=torch.long, device=device))
+
+    @cached_property
+    def is_drafted(self) -> Tensor:
+        """Which cells of ``tokens`` are proposals and not padding, [B, K] bool."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths.unsqueeze(1)
 
 
 class Drafter(Protocol):

@@ -122,7 +122,9 @@ class _Call:
         self.engine, self.requests, self.settings = engine, requests, settings
         self.target, self.drafter = engine.target, engine.drafter
         self.controller = FixedLength(settings.num_draft_tokens if self.drafter is not None else 0)
-        self.rule = RULES[settings.rule]
+        # All rules agree on one-hot laws, and this one does least.
+        greedy = all(request.params.greedy for request in requests if isinstance(request, Request))
+        self.rule = RULES["coupled" if greedy else settings.rule]
         self.stats = Stats()
         self.plain_next = False
         self.sequences = Sequences(
@@ -171,9 +173,9 @@ class _Call:
         else:
             draft = Draft.empty(len(sequences), sequences.device)
         logits = sequences.fit(self.target.append(torch.cat([sequences.last_tokens, draft.tokens], dim=1)))
-        scores = sequences.scores(logits, draft.tokens)
-        verdict = self.rule(sequences.laws(scores), draft, sequences.randomness)
-        step = sequences.commit(logits, scores, draft, verdict)
+        laws = sequences.laws(logits, draft.tokens)
+        verdict = self.rule(laws, draft, sequences.randomness)
+        step = sequences.commit(logits, laws, draft, verdict)
         self.target.keep([1 + accepted for accepted in step.accepted])
         for slot in step.retried:
             self.target.forget(slot)

@@ -128,24 +128,41 @@ def prefix_processors(
 
 
 def law(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The float32 law of ``logits`` [..., V] under ``params``; the same shape."""
+    """The float32 law of ``logits`` [..., V] under ``params``; the same shape.
+
+    Where no token can be drawn (a logit is NaN or +inf, or all are -inf) every entry is NaN; see ``is_law``.
+    """
     if params.greedy:
-        return one_hot(logits.argmax(-1), logits.shape[-1])
-    flat = logits.reshape(-1, logits.shape[-1]).float()
-    return warpers(params)(None, flat).softmax(-1).view(logits.shape)
+        peak, token = logits.float().max(-1, keepdim=True)
+        zero = peak - peak
+        return zero.expand_as(logits).scatter(-1, token, zero + 1)
+    if filters := warpers(params):
+        flat = logits.reshape(-1, logits.shape[-1]).float()
+        return filters(None, flat).softmax(-1).view(logits.shape)
+    return logits.softmax(-1, dtype=torch.float32)
 
 
-def laws(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """One law per position of ``logits`` [B, T, V], row b under ``params[b]``; rows with equal settings go together."""
+def same_settings(params: Sequence[SamplingParams]) -> dict[SamplingParams, list[int]]:
+    """Rows with equal settings go together through ``laws``."""
     groups: dict[SamplingParams, list[int]] = {}
     for row, settings in enumerate(params):
         groups.setdefault(settings, []).append(row)
+    return groups
+
+
+def laws(logits: Tensor, groups: dict[SamplingParams, list[int]]) -> Tensor:
+    """One law per position of ``logits`` [B, T, V], each row under its own settings; see ``same_settings``."""
     if len(groups) == 1:
-        return law(logits, params[0])
+        return law(logits, next(iter(groups)))
     result = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     for settings, rows in groups.items():
         result[rows] = law(logits[rows], settings)
     return result
+
+
+def is_law(probs: Tensor) -> Tensor:
+    """Which of the results [..., V] of ``law`` are laws, [...] bool."""
+    return probs[..., 0] >= 0  # False for NaN
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -164,9 +181,9 @@ def race(probs: Tensor, noise: Tensor) -> Tensor:
 
 
 def quantile(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw a token of each law ``probs`` [B, V] by inverting its distribution function at ``uniforms`` [B, 1]."""
-    cumulative = probs.double().cumsum(-1)
-    places = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).squeeze(-1)
+    """Draw a token of each law ``probs`` [..., V] by inverting its distribution function at ``uniforms`` [..., 1]."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    places = torch.searchsorted(cumulative, uniforms * cumulative[..., -1:], right=True).squeeze(-1)
     return places.clamp_(max=probs.shape[-1] - 1)
 
 
@@ -178,21 +195,21 @@ _TARGET, _ACCEPT, _DRAFT = 1, 2, 3  # purposes: which stream of a row a number b
 
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64 (torch shifts are arithmetic, so the sign bits are masked away)."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    x = (x >> 30).bitwise_and_(0x3FFFFFFFF).bitwise_xor_(x).mul_(-0x40A7B892E31B1A47)
+    x = (x >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(x).mul_(-0x6B2FB644ECCEEE15)
+    return (x >> 31).bitwise_and_(0x1FFFFFFFF).bitwise_xor_(x)
 
 
 def _uniforms(key: Tensor, count: int) -> Tensor:
     """``count`` numbers in the open interval (0, 1) for each key [...], float64 [..., count]."""
     counter = torch.arange(1, count + 1, device=key.device) * _GOLDEN
-    bits = (_mix(key.unsqueeze(-1) + counter) >> 12) & 0xFFFFFFFFFFFFF
-    return (bits.double() + 0.5) * 2.0**-52  # 52 bits: with 53 the largest would round to 1
+    bits = (_mix(key.unsqueeze(-1) + counter) >> 12).bitwise_and_(0xFFFFFFFFFFFFF)
+    return bits.double().add_(0.5).mul_(2.0**-52)  # 52 bits: with 53 the largest would round to 1
 
 
 @dataclass(frozen=True)
 class Randomness:
-    """The random numbers of B rows in one step.
+    """The random numbers of B rows in one step, on ``device``.
 
     seeds [B] and starts [B] (the rows' lengths before the step) are int64. ``coupled`` drafters draw with the
     target's own noise. ``constant`` says that every law is one-hot, so no number can matter and none is computed.
@@ -212,33 +229,39 @@ class Randomness:
         """Uniforms [B, count] for accept decisions, float64."""
         if self.constant:
             return torch.full((len(self.seeds), count), 0.5, dtype=torch.float64, device=self.seeds.device)
-        return _uniforms(self._key(_ACCEPT, self.starts), count)
+        return self._accept_and_draft[0, :, :count]
 
     def target(self, offsets: Tensor, vocab_size: int) -> Tensor:
         """Exp(1) noise [..., V] for the target's draws at ``starts + offsets``; offsets [B] or [B, n]."""
         if self.constant:
             return torch.ones(1, device=self.seeds.device)
-        extra = offsets.dim() - 1
-        starts = self.starts.view(-1, *[1] * extra)
-        return self._noise(self._key(_TARGET, starts + offsets), vocab_size)
+        keys = self._key(_TARGET, self.starts.view(-1, *[1] * (offsets.dim() - 1)) + offsets)
+        return _uniforms(keys, vocab_size).log_().neg_().float()
 
     def draft(self, offset: int, draft_law: Tensor) -> Tensor:
-        """The drafter's token number ``offset`` of this step, [B], drawn from its law [B, V].
+        """The drafter's token number ``offset`` of this step, [B, 1], drawn from its law [B, 1, V].
 
         Coupled drafters race on the target's noise; for the others one uniform per row is cheaper than a race.
         """
-        if self.coupled or self.constant:
-            return race(draft_law, self.target(torch.full_like(self.starts, offset), draft_law.shape[-1]))
-        return quantile(draft_law, self._draft_numbers[:, offset : offset + 1])
+        if self.constant:
+            return draft_law.argmax(-1)
+        if self.coupled:
+            offsets = torch.full((len(self.seeds), 1), offset, device=self.seeds.device)
+            return race(draft_law, self.target(offsets, draft_law.shape[-1]))
+        return quantile(draft_law, self._accept_and_draft[1].narrow(1, offset, 1).unsqueeze(-1))
 
     @cached_property
-    def _draft_numbers(self) -> Tensor:
-        return _uniforms(self._key(_DRAFT, self.starts), MAX_DRAFT_TOKENS)
+    def _accept_and_draft(self) -> Tensor:
+        """Uniforms [2, B, MAX_DRAFT_TOKENS]; made together, because launching tiny operations is what they cost."""
+        keys = torch.stack([self._key(_ACCEPT, self.starts), self._key(_DRAFT, self.starts)])
+        return _uniforms(keys, MAX_DRAFT_TOKENS)
 
-    def _key(self, purpose: int, position: Tensor) -> Tensor:
-        seeds = self.seeds.view(-1, *[1] * (position.dim() - 1))
-        return _mix(_mix(seeds * 4 + purpose) + position * _GOLDEN)
+    def _key(self, purpose: int, positions: Tensor) -> Tensor:
+        """Keys of ``positions`` [B] or [B, n]."""
+        keys = self._row_keys[purpose].view(-1, *[1] * (positions.dim() - 1))
+        return _mix(keys + positions * _GOLDEN)
 
-    @staticmethod
-    def _noise(key: Tensor, vocab_size: int) -> Tensor:
-        return -_uniforms(key, vocab_size).log().float()
+    @cached_property
+    def _row_keys(self) -> Tensor:
+        """A key per purpose and row, [4, B]."""
+        return _mix(self.seeds * 4 + torch.arange(4, device=self.seeds.device).unsqueeze(1))

@@ -13,7 +13,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from specdec.draft import Draft
 from specdec.errors import ModelError, SpecDecError
 from specdec.lm.base import window_start
-from specdec.sampling import GREEDY, Randomness, SamplingParams, laws, prefix_processors
+from specdec.sampling import GREEDY, Randomness, SamplingParams, is_law, laws, prefix_processors, same_settings
 from specdec.text import TextStream
 from specdec.verify import Verdict
 
@@ -122,9 +122,9 @@ class Sequences:
         columns = [[row.tokens[-1], row.request.seed, len(row.tokens)] for row in self.rows]
         table = torch.tensor(columns, dtype=torch.long).to(self.device)
         self.last_tokens = table[:, :1]
-        self.greedy = all(row.request.params.greedy for row in self.rows)
+        self._groups = same_settings([row.request.params for row in self.rows])
+        self.greedy = all(params.greedy for params in self._groups)
         self.randomness = Randomness(table[:, 1], table[:, 2], coupled=self._coupled, constant=self.greedy)
-        self._params = [row.request.params for row in self.rows]
         self._reads_prefix = [b for b, row in enumerate(self.rows) if len(row.processors)]
 
     @property
@@ -143,14 +143,16 @@ class Sequences:
         Sizes of embedding tables are often rounded up, and differently for target and draft. float32 comes first,
         because reductions over bfloat16 are several times slower on CPU.
         """
-        logits = logits[..., : self.vocab_size].to(self.device, torch.float32)
+        if logits.shape[-1] > self.vocab_size:
+            logits = logits[..., : self.vocab_size]
+        logits = logits.to(self.device, torch.float32)
         missing = self.vocab_size - logits.shape[-1]
         return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
 
-    def scores(self, logits: Tensor, drafted: Tensor, at: int = 0) -> Tensor:
-        """Logits [B, T, V] after each row's processors, which see exactly the prefix that plain decoding would.
+    def laws(self, logits: Tensor, drafted: Tensor, at: int = 0) -> Tensor:
+        """Each row's laws, float32 [B, T, V], of logits [B, T, V]; NaN where no token can be drawn.
 
-        Position t follows the row's text and ``drafted[:, : at + t]``.
+        Position t follows the row's text and ``drafted[:, : at + t]``; processors see exactly that prefix.
         """
         if self._reads_prefix:
             logits = logits.clone()
@@ -159,18 +161,14 @@ class Sequences:
             for t in range(logits.shape[1]):
                 prefix = torch.cat([text, drafted[b, : at + t].to(text)])
                 logits[b, t] = self.rows[b].processors(prefix[None], logits[b, t][None])[0]
-        return logits
+        return laws(logits, self._groups)
 
-    def laws(self, scores: Tensor) -> Tensor:
-        """Each row's laws, float32 [B, T, V], of its scores [B, T, V]."""
-        return laws(scores, self._params)
-
-    def commit(self, logits: Tensor, scores: Tensor, draft: Draft, verdict: Verdict) -> Step:
+    def commit(self, logits: Tensor, laws: Tensor, draft: Draft, verdict: Verdict) -> Step:
         """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation.
 
-        Logprobs are those of ``logits``; ``scores``, what the laws were made of, must leave every law a token.
+        Logprobs are those of ``logits``, before any filter.
         """
-        is_sound = has_law(scores).all(-1)
+        is_sound = is_law(laws).all(-1)
         parts = [verdict.accepted * is_sound, draft.lengths, is_sound.long(), verdict.next_token]
         table = torch.cat([torch.stack(parts, dim=1), draft.tokens], dim=1).tolist()
         logprobs = self._committed_logprobs(logits, draft, verdict) if self._logprobs else None
@@ -178,7 +176,7 @@ class Sequences:
         for b, (accepted, _, sound, next_token, *drafted) in enumerate(table):
             row = self.rows[b]
             if not sound and not drafted:
-                row.fail(_broken_scores(row))
+                row.fail(_no_law(row))
             step.committed.append(row.commit([*drafted[:accepted], next_token], accepted) if sound else 0)
             if logprobs is not None:
                 row.logprobs.extend(logprobs[b][: step.committed[b]])
@@ -207,12 +205,7 @@ class Sequences:
         return found
 
 
-def has_law(scores: Tensor) -> Tensor:
-    """Whether scores [..., V] make a law, [...]: none is NaN or +inf, and at least one token is allowed (not -inf)."""
-    return torch.isfinite(scores.amax(-1))
-
-
-def _broken_scores(row: Row) -> ModelError:
+def _no_law(row: Row) -> ModelError:
     return ModelError(
         f"no next token can be drawn for request {row.index} after {len(row.new_tokens)} new tokens: the target's "
         "logits, after the row's processors, are NaN, +inf or all -inf. Expected finite numbers for some tokens and "

@@ -34,6 +34,8 @@ Rule = Callable[[Tensor, Draft, Randomness], Verdict]
 
 def rejection(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Verdict:
     """Accept each token with probability min(1, target / draft); stop at the first refusal."""
+    if not draft.tokens.shape[1]:
+        return _plain(target_probs, randomness)
     chances = rejection_chances(target_probs, draft)
     accepted = leading(randomness.accept(chances.shape[1]) < chances)
     scale = torch.ones(len(accepted), dtype=target_probs.dtype, device=target_probs.device)
@@ -42,6 +44,8 @@ def rejection(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Ver
 
 def block(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Verdict:
     """Accept the longest prefix whose own coin succeeds; a failed coin does not end the search."""
+    if not draft.tokens.shape[1]:
+        return _plain(target_probs, randomness)
     survival = block_survival(target_probs, draft)
     chances = block_chances(target_probs, draft, survival)
     accepted = trailing(randomness.accept(chances.shape[1]) < chances)
@@ -54,7 +58,7 @@ def coupled(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Verdi
     rows, positions, vocab_size = target_probs.shape
     offsets = torch.arange(positions, device=target_probs.device).expand(rows, -1)
     drawn = race(target_probs, randomness.target(offsets, vocab_size))
-    accepted = leading((drawn[:, :-1] == draft.tokens) & is_drafted(draft))
+    accepted = leading((drawn[:, :-1] == draft.tokens) & draft.is_drafted)
     return Verdict(accepted, drawn.gather(1, accepted.unsqueeze(1)).squeeze(1))
 
 
@@ -70,8 +74,8 @@ def block_survival(target_probs: Tensor, draft: Draft) -> Tensor:
     """P_i = min(1, P_{i-1} * target / draft), P_0 = 1, [B, K+1]; 0 where nothing was drafted."""
     quotients = ratios(target_probs, draft)
     survival = [torch.ones(len(quotients), dtype=target_probs.dtype, device=target_probs.device)]
-    for i in range(quotients.shape[1]):
-        survival.append((survival[-1] * quotients[:, i]).clamp(max=1.0))
+    for quotient in quotients.unbind(1):
+        survival.append((survival[-1] * quotient).clamp_(max=1.0))
     return torch.stack(survival, dim=1)
 
 
@@ -89,7 +93,7 @@ def block_chances(target_probs: Tensor, draft: Draft, survival: Tensor) -> Tenso
     inner = torch.where(refused == 0, 1.0, left / refused)  # NaN never accepts
     chances = torch.cat([inner, reached[:, -1:]], dim=1)
     last = torch.arange(reached.shape[1], device=reached.device) == draft.lengths.unsqueeze(1) - 1
-    return torch.where(last, reached, torch.where(is_drafted(draft), chances, 0.0))
+    return torch.where(last, reached, torch.where(draft.is_drafted, chances, 0.0))
 
 
 def next_law(target_probs: Tensor, draft: Draft, accepted: Tensor, scale: Tensor) -> Tensor:
@@ -115,12 +119,7 @@ def ratios(target_probs: Tensor, draft: Draft) -> Tensor:
     quotients = target_probs[:, :-1].gather(-1, tokens).squeeze(-1)
     if draft.probs is not None:
         quotients = quotients / draft.probs.gather(-1, tokens).squeeze(-1)
-    return torch.where(is_drafted(draft), quotients, 0.0)
-
-
-def is_drafted(draft: Draft) -> Tensor:
-    """Which cells of ``draft.tokens`` are proposals and not padding, [B, K] bool."""
-    return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < draft.lengths.unsqueeze(1)
+    return torch.where(draft.is_drafted, quotients, 0.0)
 
 
 def leading(hits: Tensor) -> Tensor:
@@ -129,9 +128,15 @@ def leading(hits: Tensor) -> Tensor:
 
 
 def trailing(hits: Tensor) -> Tensor:
-    """One past the last hit of ``hits`` [B, K], 0 where there is none, [B]."""
+    """One past the last hit of ``hits`` [B, K], 0 where there is none, [B]; K >= 1."""
     places = torch.arange(1, hits.shape[1] + 1, device=hits.device)
-    return torch.nn.functional.pad(hits * places, (1, 0)).amax(-1)
+    return (hits * places).amax(-1)
+
+
+def _plain(target_probs: Tensor, randomness: Randomness) -> Verdict:
+    """Nothing was drafted: the draw of ``coupled``, whatever the rule."""
+    nothing = torch.zeros(len(target_probs), dtype=torch.long, device=target_probs.device)
+    return Verdict(nothing, race(target_probs[:, 0], randomness.target(nothing, target_probs.shape[-1])))
 
 
 def _close(target_probs: Tensor, draft: Draft, randomness: Randomness, accepted: Tensor, scale: Tensor) -> Verdict:
@@ -142,7 +147,7 @@ def _close(target_probs: Tensor, draft: Draft, randomness: Randomness, accepted:
 
 def _excess(target_law: Tensor, draft_law: Tensor, scale: Tensor) -> Tensor:
     """max(scale * target - draft, 0) for laws [..., V] and scale [...]."""
-    return (target_law * scale.unsqueeze(-1) - draft_law).clamp_(min=0)
+    return (target_law * scale.unsqueeze(-1)).sub_(draft_law).clamp_(min=0)
 
 
 def _draft_probs(draft: Draft, index: slice | tuple[Tensor, Tensor], like: Tensor) -> Tensor:

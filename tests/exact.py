@@ -53,7 +53,13 @@ def _block_next(target_probs: Tensor, draft: Draft, accepted: Tensor) -> Tensor:
 
 
 REJECTION = Parts(rejection_chances, leading, _rejection_next)
-BLOCK = Parts(_block_chances, trailing, _block_next)
+
+
+def _trailing(hits: Tensor) -> Tensor:
+    return trailing(hits) if hits.shape[1] else torch.zeros(len(hits), dtype=torch.long)
+
+
+BLOCK = Parts(_block_chances, _trailing, _block_next)
 
 
 @dataclass(frozen=True)

@@ -235,8 +235,8 @@ def test_the_test_notices_swapped_rows(rule: str, monkeypatch: pytest.MonkeyPatc
     """Every row is verified with the target's laws of its neighbour."""  # CASES 17
     right = Sequences.laws
 
-    def swapped(self: Sequences, scores: Tensor) -> Tensor:
-        return right(self, scores).roll(1 if scores.shape[1] > 1 else 0, 0)
+    def swapped(self: Sequences, logits: Tensor, drafted: Tensor, at: int = 0) -> Tensor:
+        return right(self, logits, drafted, at).roll(1 if logits.shape[1] > 1 else 0, 0)
 
     monkeypatch.setattr(Sequences, "laws", swapped)
     output = sample(DRAFTERS["model"](), ONE, FEW, rule=rule, num_draft_tokens=3)
@@ -254,7 +254,7 @@ def reused_between_steps(self: Randomness, count: int) -> Tensor:
 
 
 def reused_from_the_draft(self: Randomness, count: int) -> Tensor:
-    return self._draft_numbers[:, :count]
+    return self._accept_and_draft[1, :, :count]
 
 
 _accept = Randomness.accept

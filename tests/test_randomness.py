@@ -38,7 +38,7 @@ def target(seeds: Tensor, starts: Tensor) -> Tensor:
 
 def draft(seeds: Tensor, starts: Tensor) -> Tensor:
     """The uniforms behind the draft's draws."""
-    return Randomness(seeds, starts)._draft_numbers[:, :8]
+    return Randomness(seeds, starts)._accept_and_draft[1, :, :8]
 
 
 PURPOSES: dict[str, Numbers] = {"accept": accept, "target": target, "draft": draft}
@@ -140,7 +140,7 @@ def test_the_extreme_words_stay_inside_the_open_interval(bits: int, monkeypatch:
     law = torch.tensor([[0.0, 0.25, 0.75, 0.0]]).expand(2, -1)
     assert set(race(law, noise).tolist()) <= {1, 2}
     assert set(quantile(law, uniforms[:, :1]).tolist()) <= {1, 2}
-    assert set(randomness.draft(0, law).tolist()) <= {1, 2}
+    assert set(randomness.draft(0, law.unsqueeze(1)).flatten().tolist()) <= {1, 2}
 
 
 @pytest.mark.parametrize("draw", ["race", "quantile"])
@@ -150,7 +150,7 @@ def test_drafts_are_drawn_from_their_laws(draw: str) -> None:
     for law in (torch.tensor([0.0, 0.4, 0.05, 0.0, 0.55, 0.0]), torch.tensor([0.9, 0.0, 0.0, 0.0, 0.0, 0.1])):
         randomness = Randomness(torch.arange(count), torch.full((count,), 9), coupled=draw == "race")
         for offset in (0, 1, 5):
-            counts = randomness.draft(offset, law.expand(count, -1)).bincount(minlength=VOCAB).double()
+            counts = randomness.draft(offset, law.expand(count, 1, -1)).flatten().bincount(minlength=VOCAB).double()
             assert float(counts[law == 0].sum()) == 0
             observed, expected = counts[law > 0], law[law > 0].double() * count
             assert chi2.sf(2 * float((observed * (observed / expected).log()).sum()), len(observed) - 1) > ALPHA
@@ -168,7 +168,7 @@ def test_one_key_gives_one_number_whatever_the_batch() -> None:
     seeds, starts = torch.tensor([4, 9, 4, 2**50, 0]), torch.tensor([3, 3, 8, 100, 0])
     whole, order = Randomness(seeds, starts), torch.tensor([3, 0, 4, 2, 1])
     shuffled = Randomness(seeds[order], starts[order])
-    law = torch.rand(5, VOCAB, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    law = torch.rand(5, 1, VOCAB, generator=torch.Generator().manual_seed(0)).softmax(-1)
     offsets = torch.arange(5) % 3
     assert torch.equal(shuffled.accept(4), whole.accept(4)[order])
     assert torch.equal(whole.accept(9)[:, :4], whole.accept(4))
@@ -187,7 +187,7 @@ def test_a_batch_of_certain_laws_needs_no_numbers() -> None:
     certain = Randomness(torch.arange(3), torch.arange(3), constant=True)
     law = torch.eye(VOCAB)[[2, 0, 5]]
     assert race(law, certain.target(torch.zeros(3, dtype=torch.long), VOCAB)).tolist() == [2, 0, 5]
-    assert certain.draft(0, law).tolist() == [2, 0, 5]
+    assert certain.draft(0, law.unsqueeze(1)).tolist() == [[2], [0], [5]]
     assert bool(((certain.accept(2) > 0) & (certain.accept(2) < 1)).all())
 
 

@@ -14,7 +14,16 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import LogitsProcessorList
 
 from specdec.errors import ConfigError
-from specdec.sampling import LEAST_TEMPERATURE, SamplingParams, law, laws, prefix_processors, warpers
+from specdec.sampling import (
+    LEAST_TEMPERATURE,
+    SamplingParams,
+    is_law,
+    law,
+    laws,
+    prefix_processors,
+    same_settings,
+    warpers,
+)
 from specdec.sequences import Request, Row, Sequences
 
 VOCAB, EOS, PROMPT = 37, 5, [3, 9, 9, 20]
@@ -66,11 +75,6 @@ def hf_processors(model: LlamaForCausalLM, params: SamplingParams, prompt_length
 
 def random_logits(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def laws_of(batch: Sequences, logits: Tensor, drafted: Tensor, at: int = 0) -> Tensor:
-    """As the engine and the drafters do it."""
-    return batch.laws(batch.scores(logits, drafted, at))
 
 
 def batch_of(params: Sequence[SamplingParams], texts: Sequence[Sequence[int]], new: int = 0) -> Sequences:
@@ -145,10 +149,10 @@ def test_a_verified_block_has_the_laws_of_generate_token_by_token(
     for new in range(len(text) - len(PROMPT)):
         batch = batch_of([params], [text[: len(PROMPT) + new]], new)
         drafted = torch.tensor([text[len(PROMPT) + new : -1]], dtype=torch.long)
-        found = laws_of(batch, logits[:, new:], drafted)
+        found = batch.laws(logits[:, new:], drafted)
         assert torch.equal(found, expected[:, new:])
         for at in range(drafted.shape[1]):  # as a drafter asks, one position at a time
-            one = laws_of(batch, logits[:, new + at, None], drafted[:, :at], at=at)
+            one = batch.laws(logits[:, new + at, None], drafted[:, :at], at=at)
             assert torch.equal(one[:, 0], expected[:, new + at])
 
 
@@ -158,20 +162,20 @@ def test_the_penalty_counts_prompt_and_drafted_tokens_once_each() -> None:
     batch = batch_of([SamplingParams(1.0, repetition_penalty=2.0)], [[1, 2, 2]], new=1)
     logits = torch.full((1, 3, VOCAB), 3.0)
     logits[..., 4] = -3.0
-    found = laws_of(batch, logits, torch.tensor([[4, 2]]))
+    found = batch.laws(logits, torch.tensor([[4, 2]]))
     for t, seen in enumerate([[1, 2], [1, 2, 4], [1, 2, 4]]):
         expected = logits[0, t].clone()
         expected[seen] = torch.tensor([1.5, 1.5, -6.0])[: len(seen)]
         assert torch.equal(found[0, t], expected.softmax(-1))
     assert batch.rows[0].tokens == [1, 2, 2]
     assert bool((logits[..., 0] == 3.0).all())  # and again gives the same: nothing was recorded
-    assert torch.equal(laws_of(batch, logits, torch.tensor([[4, 2]])), found)
+    assert torch.equal(batch.laws(logits, torch.tensor([[4, 2]])), found)
 
 
 def test_min_new_tokens_counts_tokens_and_not_steps() -> None:
     # CASES 54
     batch = batch_of([SamplingParams(1.0, min_new_tokens=3)], [[1, 2, 7]], new=1)
-    found = laws_of(batch, random_logits(1, 4, VOCAB), torch.tensor([[3, 4, 6]]))
+    found = batch.laws(random_logits(1, 4, VOCAB), torch.tensor([[3, 4, 6]]))
     assert (found[0, :, EOS] > 0).tolist() == [False, False, True, True]
 
 
@@ -183,11 +187,24 @@ def test_rows_with_different_settings_keep_to_themselves() -> None:
     drafted = torch.randint(VOCAB, (len(COMBINATIONS), 2), generator=generator)
     logits = random_logits(len(COMBINATIONS), 3, VOCAB, seed=3)
     before = logits.clone()
-    together = laws_of(batch_of(COMBINATIONS, texts, new=1), logits, drafted)
+    together = batch_of(COMBINATIONS, texts, new=1).laws(logits, drafted)
     assert torch.equal(logits, before)
     for b, params in enumerate(COMBINATIONS):
-        alone = laws_of(batch_of([params], [texts[b]], new=1), logits[b : b + 1], drafted[b : b + 1])
+        alone = batch_of([params], [texts[b]], new=1).laws(logits[b : b + 1], drafted[b : b + 1])
         assert torch.equal(together[b], alone[0]), params
+
+
+@pytest.mark.parametrize("damage", [math.nan, math.inf, "all -inf"])
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(1.0), SamplingParams(0.7, 3, 0.9, 0.1)], ids=str)
+def test_where_no_token_can_be_drawn_there_is_no_law(params: SamplingParams, damage: float | str) -> None:
+    # CASES 63, 64, 66
+    logits = random_logits(2, 3, VOCAB)
+    logits[0, 1] = -math.inf
+    logits[0, 1, 0] = -math.inf if isinstance(damage, str) else damage
+    logits[1, 0, : VOCAB - 1] = -math.inf  # one token is enough
+    found = law(logits, params)
+    assert is_law(found).tolist() == [[True, False, True], [True, True, True]]
+    assert torch.allclose(found[is_law(found)].sum(-1), torch.ones(5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -195,7 +212,7 @@ def test_laws_are_float32_whatever_the_logits_are(dtype: torch.dtype) -> None:
     logits = random_logits(3, 2, VOCAB).to(dtype)
     params = [SamplingParams(), SamplingParams(0.8, top_p=0.9), SamplingParams(1.0, repetition_penalty=1.2)]
     for settings in (params, params[:1] * 3, params[1:2] * 3):
-        found = laws(logits, settings)
+        found = laws(logits, same_settings(settings))
         assert found.dtype == torch.float32
         assert torch.allclose(found.sum(-1), torch.ones(3, 2), atol=1e-6)
     assert torch.equal(law(logits, params[1]), law(logits.float(), params[1]))

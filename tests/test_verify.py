@@ -37,7 +37,6 @@ from specdec.verify import (
     block_chances,
     block_survival,
     coupled,
-    is_drafted,
     leading,
     next_law,
     rejection,
@@ -202,7 +201,7 @@ def first_token_unverified(target_probs: Tensor, draft: Draft) -> Tensor:
 
 
 def all_accepted(target_probs: Tensor, draft: Draft) -> Tensor:
-    return is_drafted(draft).double()
+    return draft.is_drafted.double()
 
 
 WRONG_RULES = {
@@ -476,7 +475,7 @@ def test_coupled_drafters_agree_as_often_as_the_race_formula_says() -> None:
     count = 200_000
     randomness = Randomness(torch.arange(count), torch.full((count,), 3), coupled=True)
     drawn = race(target.expand(count, -1), randomness.target(torch.zeros(count, dtype=torch.long), 5))
-    agree = randomness.draft(0, draft.expand(count, -1)) == drawn
+    agree = randomness.draft(0, draft.expand(count, 1, -1)).squeeze(1) == drawn
     ratios = torch.maximum(target / target.unsqueeze(1), draft / draft.unsqueeze(1))
     expected = float((1 / ratios.sum(1)).sum())
     distance = float((target - draft).abs().sum() / 2)

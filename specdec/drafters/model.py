@@ -7,7 +7,9 @@ from torch import Tensor
 
 from specdec.draft import Draft
 from specdec.lm.base import CachedLM, catch_up, window_start
-from specdec.sequences import Sequences, Step, has_law
+from specdec.sampling import is_law
+from specdec.sequences import Sequences, Step
+from specdec.verify import leading
 
 _SLACK = 8  # unread tokens that the first drafting pass takes along; more get passes of their own
 
@@ -36,20 +38,18 @@ class ModelDrafter:
         count = min(max(lengths), self.lm.context // 2)
         if count <= 0:
             return Draft.empty(len(sequences), sequences.device)
-        allowed = torch.tensor(lengths, device=sequences.device).clamp(max=count)
         tokens = torch.zeros(len(sequences), 0, dtype=torch.long, device=sequences.device)
-        probs: list[Tensor] = []
+        laws: list[Tensor] = []
         logits = self._read_new_tokens(sequences, count)
         for i in range(count):
             if i > 0:
-                logits = self.lm.append(tokens[:, -1:], last_only=True)
-            scores = sequences.scores(sequences.fit(logits).unsqueeze(1), tokens, at=i)
-            # A broken law may not be drawn from; deciding before its token is drawn keeps the text's law exact.
-            allowed = torch.where(has_law(scores).squeeze(1), allowed, allowed.clamp(max=i))
-            law = sequences.laws(scores).squeeze(1)
-            tokens = torch.cat([tokens, sequences.randomness.draft(i, law).unsqueeze(1)], dim=1)
-            probs.append(law)
-        return Draft(tokens, allowed, None if sequences.greedy else torch.stack(probs, dim=1))
+                logits = self.lm.append(tokens[:, -1:])
+            laws.append(sequences.laws(sequences.fit(logits), tokens, at=i))
+            tokens = torch.cat([tokens, sequences.randomness.draft(i, laws[i])], dim=1)
+        sound = leading(torch.cat([is_law(law) for law in laws], dim=1))
+        # What was drawn of no law is not proposed. That depends on the text before it alone, so the text's law is kept.
+        allowed = torch.tensor(lengths, device=sequences.device).minimum(sound)
+        return Draft(tokens, allowed, None if sequences.greedy else torch.cat(laws, dim=1))
 
     def observe(self, step: Step) -> None:
         """Keep what was read of the committed text: the last drafted token was proposed but never read."""
@@ -69,7 +69,7 @@ class ModelDrafter:
         self.lm.free(rows)
 
     def _read_new_tokens(self, sequences: Sequences, count: int) -> Tensor:
-        """Read every row's unread text; logits [B, W] of what follows it."""
+        """Read every row's unread text; logits [B, 1, W] of what follows it."""
         texts = [row.tokens for row in sequences.rows]
         starts = [window_start(len(text) + count, self.lm.context) for text in texts]
         catch_up(self.lm, texts, starts, _SLACK)
@@ -77,4 +77,4 @@ class ModelDrafter:
         self._count, self._unread = count, [len(tokens) for tokens in unread]
         width = max(self._unread)
         padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in unread], device=self.lm.device)
-        return self.lm.append(padded, self._unread, last_only=True)
+        return self.lm.append(padded, self._unread, last_only=True).unsqueeze(1)

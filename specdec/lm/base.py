@@ -160,9 +160,10 @@ def catch_up(lm: CachedLM, texts: Sequence[Sequence[int]], starts: Sequence[int]
     for slot, (text, start) in enumerate(zip(texts, starts, strict=True)):
         if lm.starts[slot] != start:
             lm.restart(slot, start)
-        unread = text[start + lm.lengths[slot] : -1]
-        if len(unread) < slack:
+        read = start + lm.lengths[slot]
+        if len(text) - 1 - read < slack:
             continue
+        unread = text[read:-1]
         if places and places[-1] + len(behind[-1]) == slot:
             behind[-1].append(unread)
         else:
