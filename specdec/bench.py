@@ -169,7 +169,7 @@ def _known(stats: Stats) -> dict[str, Any]:
 def table(measurements: Sequence[Measurement], title: str) -> Table:
     """The measurements as a table for the terminal; fits into 80 columns."""
     result = Table(title=title)
-    for heading in ("method", "batch", "T", "tokens/s", "speedup", "accepted", "length", "overhead"):
+    for heading in ("method", "batch", "T", "tok/s", "speedup", "accepted", "length", "overhead"):
         result.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for i, m in enumerate(measurements):
         result.add_row(
@@ -183,7 +183,7 @@ def table(measurements: Sequence[Measurement], title: str) -> Table:
             "-" if m.overhead_share is None else f"{m.overhead_share:.0%}",
             end_section=i + 1 < len(measurements) and measurements[i + 1].batch != m.batch,
         )
-    result.caption = "accepted: share of drafted tokens; length: tokens per target pass; overhead: outside the models"
+    result.caption = "accepted: share of drafted tokens; length: tokens per target pass;\noverhead: time outside the models"
     return result
 
 

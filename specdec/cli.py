@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import transformers
 import typer
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 
 def main() -> None:
     """Entry point: errors that a user can mend are one clear line, not a traceback."""
+    transformers.utils.logging.disable_progress_bar()  # loading is said by the commands themselves
     try:
         app()
     except SpecDecError as error:
