@@ -183,7 +183,9 @@ def table(measurements: Sequence[Measurement], title: str) -> Table:
             "-" if m.overhead_share is None else f"{m.overhead_share:.0%}",
             end_section=i + 1 < len(measurements) and measurements[i + 1].batch != m.batch,
         )
-    result.caption = "accepted: share of drafted tokens; length: tokens per target pass;\noverhead: time outside the models"
+    result.caption = (
+        "accepted: share of drafted tokens; length: tokens per target pass;\noverhead: time outside the models"
+    )
     return result
 
 
