@@ -37,9 +37,10 @@ Method = Callable[[Sequence[Sequence[int]]], Run]
 
 @dataclass(frozen=True)
 class Measurement:
-    """How one method did on one set of prompts. ``speedup`` is to plain decoding in the same interleaved rounds.
+    """How one method did on one set of prompts. ``speedup`` is to the baseline in the same interleaved rounds.
 
-    Seconds are those of the median round; shares are parts of them. ``same_text`` counts rows equal to plain's.
+    Seconds are those of the median round; shares are parts of them. ``same_text`` counts rows equal to the baseline's,
+    which is plain decoding unless another one was named.
     """
 
     method: str
@@ -101,6 +102,18 @@ def hf_method(model: PreTrainedModel, **generate_settings: Any) -> Method:
     return run
 
 
+def one_by_one(method: Method) -> Method:
+    """``method`` at batch 1 on several prompts: one call after the other, counted as one run."""
+
+    def run(prompts: Sequence[Sequence[int]]) -> Run:
+        runs = [method([prompt]) for prompt in prompts]
+        counters = [found.stats for found in runs if found.stats is not None]
+        stats = sum(counters[1:], counters[0]) if counters else None
+        return Run([row for found in runs for row in found.token_ids], sum(found.seconds for found in runs), stats)
+
+    return run
+
+
 def hf_model(directory: Path, dtype: str) -> PreTrainedModel:
     """Hugging Face's own model of a checkpoint, told to ignore end-of-text like every method here."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
@@ -124,6 +137,17 @@ def compare(
     progress: Callable[[], None] = lambda: None,
 ) -> list[Measurement]:
     """Time every method on ``prompts``, one after the other in each round, after a round to warm up."""
+    return summaries(timed_rounds(methods, prompts, rounds=rounds, progress=progress), temperature=temperature)
+
+
+def timed_rounds(
+    methods: Mapping[str, Method],
+    prompts: Sequence[Sequence[int]],
+    *,
+    rounds: int = 5,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, list[Run]]:
+    """The runs behind ``compare``: for every method one per round, the warm-up left out."""
     runs: dict[str, list[Run]] = {name: [] for name in methods}
     for turn in range(rounds + 1):
         for name, method in methods.items():
@@ -131,8 +155,15 @@ def compare(
             progress()
             if turn > 0:
                 runs[name].append(run)
-    plain = runs.get(PLAIN)
-    return [_summary(name, found, plain, len(prompts), temperature) for name, found in runs.items()]
+    return runs
+
+
+def summaries(
+    runs: Mapping[str, list[Run]], *, baseline: str = PLAIN, batch: int | None = None, temperature: float = 0.0
+) -> list[Measurement]:
+    """What rounds say, relative to the method called ``baseline``; ``batch`` where it is not all rows of a run."""
+    base = runs.get(baseline)
+    return [_summary(name, found, base, batch or len(found[0].token_ids), temperature) for name, found in runs.items()]
 
 
 def _summary(name: str, runs: list[Run], plain: list[Run] | None, batch: int, temperature: float) -> Measurement:

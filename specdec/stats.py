@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from io import StringIO
+from itertools import zip_longest
 
 
 @dataclass
@@ -41,6 +42,17 @@ class Stats:
             self.num_draft_tokens_per_position[i] += 1
         for i in range(accepted):
             self.num_accepted_tokens_per_position[i] += 1
+
+    def __add__(self, other: Stats) -> Stats:
+        """The counters of both runs together, one after the other."""
+        total = Stats()
+        for name in (item.name for item in fields(Stats)):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            both = (
+                [a + b for a, b in zip_longest(ours, theirs, fillvalue=0)] if isinstance(ours, list) else ours + theirs
+            )
+            setattr(total, name, both)
+        return total
 
     @property
     def acceptance_rate(self) -> float:

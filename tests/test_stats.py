@@ -104,3 +104,17 @@ def test_the_printed_table_has_every_figure() -> None:
     ):  # fmt: skip
         assert value in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_counters_of_two_runs_add_up() -> None:
+    """As if one run had done both; draft positions that only one of them reached are counted as they are."""
+    engine = Engine(native(tiny_gpt(0)), ModelDrafter(native(noisy(tiny_gpt(0), 0.015))))
+    first, second = (
+        engine.generate(PROMPTS[:2], max_new_tokens=24, num_draft_tokens=k, eos_token_id=None).stats for k in (1, 3)
+    )
+    total = first + second
+    assert total.num_generated_tokens == 96 == first.num_generated_tokens + second.num_generated_tokens
+    assert total.num_accepted_tokens == sum(total.num_accepted_tokens_per_position) > first.num_accepted_tokens
+    assert total.num_draft_tokens_per_position[0] == first.num_drafts + second.num_drafts
+    assert total.num_draft_tokens_per_position[1:] == second.num_draft_tokens_per_position[1:]
+    assert total.total_seconds == first.total_seconds + second.total_seconds

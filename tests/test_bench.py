@@ -1,0 +1,48 @@
+"""Measuring counts what was run: ratios are to the baseline of the same round, rounds of warm-up do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from specdec import Stats, bench
+from specdec.bench import Method, Run
+
+
+def method(seconds: list[float], tokens: int = 10) -> Method:
+    """Pretends to take ``seconds`` of each of its calls in turn."""
+    calls = iter(seconds)
+
+    def run(prompts: Sequence[Sequence[int]]) -> Run:
+        stats = Stats(num_generated_tokens=tokens * len(prompts), num_row_steps=len(prompts), total_seconds=1.0)
+        return Run([[len(prompt)] * tokens for prompt in prompts], next(calls), stats)
+
+    return run
+
+
+def test_ratios_pair_the_rounds_and_leave_out_the_warm_up() -> None:
+    # The machine is five times slower in the second round; paired, the ratio is 2 in every round.
+    methods = {"plain": method([99, 1, 5, 1]), "fast": method([1, 0.5, 2.5, 0.5])}
+    runs = bench.timed_rounds(methods, [[1, 2], [3]], rounds=3)
+    plain, fast = bench.summaries(runs)
+    assert (fast.speedup, plain.speedup, fast.rounds, fast.batch, fast.same_text) == (2, 1, 3, 2, 2)
+    assert (fast.tokens_per_second, fast.slowest, fast.fastest) == (40, 8, 40)
+    slower, _ = bench.summaries(runs, baseline="fast", batch=1)
+    assert (slower.speedup, slower.batch) == (0.5, 1)
+
+
+def test_a_run_with_other_numbers_of_tokens_is_compared_per_token() -> None:
+    runs = bench.timed_rounds({"plain": method([1, 1]), "short": method([1, 1], tokens=5)}, [[1]], rounds=1)
+    assert bench.summaries(runs)[1].speedup == pytest.approx(0.5)
+
+
+def test_prompts_one_by_one_are_one_run() -> None:
+    run = bench.one_by_one(method([1.0, 2.0, 4.0]))([[1], [1, 2], [1, 2, 3]])
+    assert run.seconds == 7 and [row[0] for row in run.token_ids] == [1, 2, 3]
+    assert run.stats is not None and run.stats.num_generated_tokens == 30 and run.stats.total_seconds == 3
+
+
+def test_the_batch_size_is_the_prompts() -> None:
+    (found,) = bench.compare({"plain": method([1, 1])}, [[1], [2], [3]], rounds=1)
+    assert found.batch == 3
