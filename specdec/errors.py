@@ -7,6 +7,8 @@ SpecDecError
 ├── CheckpointError   a checkpoint that is missing, incomplete or damaged (also an OSError)
 ├── ModelError        weights or logits that are not finite, an architecture that cannot be run exactly
 └── GenerationError   some rows of a batch failed; carries the finished result of all the others
+
+FallbackWarning       a model is run in a way that is exact and slower   (a UserWarning)
 """
 
 from __future__ import annotations
@@ -44,3 +46,7 @@ class GenerationError(SpecDecError, RuntimeError):
     def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)
         self.result = result
+
+
+class FallbackWarning(UserWarning):
+    """A model is run in a way that is exact, and slower than the one for models that allow more."""

@@ -28,7 +28,7 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
 from specdec.errors import CheckpointError, ConfigError, ModelError, VocabularyError
 from specdec.lm.base import CachedLM
-from specdec.lm.hf import HFLM
+from specdec.lm.hf import hf_lm
 from specdec.lm.native import NativeLM
 from specdec.nn.gpt import GPT, state_from_hf, why_unsupported
 
@@ -80,7 +80,7 @@ def load_lm(model: ModelLike, *, dtype: torch.dtype | None = None, device: torch
     if isinstance(found, GPT):
         return NativeLM(found)
     if isinstance(found, PreTrainedModel):
-        return HFLM(found)
+        return hf_lm(found)
     raise _no_model(found)
 
 

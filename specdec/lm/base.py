@@ -20,8 +20,11 @@ class CachedLM(ABC):
 
     vocab_size is the width of the logits, context the longest row the model can read. ``lengths[b]`` counts the
     committed tokens of slot b, ``starts[b]`` says which token of the row's text the first of them is (more than 0
-    only for a row that outgrew the context), ``forward_seconds`` is the time spent in the model.
+    only for a row that outgrew the context), ``forward_seconds`` is the time spent in the model. ``mechanism`` says how
+    rows are run: "ragged" is one pass for all of them.
     """
+
+    mechanism = "ragged"
 
     def __init__(self, vocab_size: int, context: int, device: torch.device, dtype: torch.dtype) -> None:
         self.vocab_size, self.context = vocab_size, context
@@ -30,6 +33,7 @@ class CachedLM(ABC):
         self.starts: list[int] = []
         self.forward_seconds = 0.0
         self._pending: list[int] = []
+        self._counts: Sequence[int] | None = None  # how many tokens of each row are real in the pass under way
 
     @torch.inference_mode()
     def reserve(self, rows: int, length: int) -> None:
@@ -52,6 +56,7 @@ class CachedLM(ABC):
         started = time.perf_counter()
         rows, width = tokens.shape
         lengths = [self.lengths[first + b] + self._pending[first + b] for b in range(rows)]
+        self._counts = counts
         hidden = self._forward(tokens.to(self.device), lengths, first, needs_logits=True)
         if last_only:
             ends = torch.tensor(counts if counts is not None else [width] * rows, device=self.device) - 1
@@ -71,6 +76,7 @@ class CachedLM(ABC):
             counts = [len(chunk) for chunk in chunks]
             longest = max(counts)
             tokens = torch.tensor([[*chunk, *[0] * (longest - len(chunk))] for chunk in chunks], device=self.device)
+            self._counts = counts
             self._forward(tokens, self.lengths[first : first + len(texts)], first, needs_logits=False)
             self._read(len(texts), longest, counts, first)
             self.keep(counts, first=first)

@@ -12,28 +12,29 @@ probe: some ragged passes of the model itself, compared with each row alone and 
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from specdec.errors import ModelError
+from specdec.errors import FallbackWarning, ModelError
+from specdec.lm import probe
 from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
+from specdec.lm.rowwise import MECHANISMS, RowwiseLM
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (row, head, query, key) -> may it look there
 
 ATTENTION = ("sdpa", "eager")  # implementations whose masks say for every pair of tokens who may look at whom
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "dummy")  # those that can forget a token
-UNBOUNDED = 1 << 20  # context of a model whose configuration names none
+SKEW = 100_000  # tokens; beyond all thresholds at which models change what they do with long texts
 
 _running: ContextVar[HFLM | None] = ContextVar("specdec_running", default=None)  # whose pass runs here
 
@@ -47,14 +48,14 @@ class HFLM(CachedLM):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._layers = _check_supported(model)
-        super().__init__(_logits_width(model), _context(model), model.device, model.dtype)
+        super().__init__(probe.logits_width(model), probe.context_of(model), model.device, model.dtype)
         self.model = model
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._trims_logits = "logits_to_keep" in accepted
         _stand_in_for_mask_builders()
         self._clear()
-        _admit(self)
+        probe.admit(self, model, lambda text, row: probe.plain_logits(model, text), self._more_to_ask)
         self._clear()
 
     def _clear(self) -> None:
@@ -80,7 +81,9 @@ class HFLM(CachedLM):
         self.mask_functions.clear()
         token = _running.set(self)
         try:
-            return _logits(self.model, tokens, given)
+            with probe.evaluating(self.model):
+                logits: Tensor = self.model(input_ids=tokens, return_dict=True, **given).logits
+            return logits
         finally:
             _running.reset(token)
 
@@ -92,6 +95,14 @@ class HFLM(CachedLM):
 
     def _wipe(self, first: int, last: int) -> None:
         self.cache.wipe(first, last)
+
+    def _more_to_ask(self, tokens: Tensor, logits: Tensor, limit: float) -> str | None:
+        """What the probe asks of ragged passes besides their logits; the reason to refuse, or None."""
+        if hidden := _hidden_window(self):
+            return f"its config has {hidden} and its masks have no window, so it must have one of its own making"
+        if not probe.distance(_told_another_length(self, tokens, logits), logits.float()) <= limit:
+            return "its logits depend on the length of its cache, which is that of no single row"
+        return None
 
 
 class _RaggedLayer(CacheLayerMixin):
@@ -153,24 +164,49 @@ def _stand_in_for_mask_builders() -> None:
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, _RaggedMasks(builder))
 
 
-def _logits(model: PreTrainedModel, tokens: Tensor, given: dict[str, Any]) -> Tensor:
-    """The model's own logits of tokens [B, T], in evaluation mode."""
-    with _evaluating(model):
-        logits: Tensor = model(input_ids=tokens, return_dict=True, **given).logits
-    return logits
+# --- Which way a model is run
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off while a pass runs; modules that were training are training again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def hf_lm(model: PreTrainedModel) -> CachedLM:
+    """``model`` with a cache, in the fastest way that the probe finds exact; ``mechanism`` says which.
+
+    "ragged": one pass for all rows. "row by row": a pass per row, with the model's own cache. "token by token": a pass
+    per token. "whole rows": a pass per row over all of its text, without a cache. Anything but the first is said once
+    per class, with ``FallbackWarning``.
+    Raises ``ModelError`` for a model that none of them runs exactly.
+    """
+    if model.get_output_embeddings() is None:
+        raise _refused(model, "it has no language-model head. Load it with AutoModelForCausalLM")
+    ways: list[Callable[[], CachedLM]] = [lambda: HFLM(model)]
+    ways += [partial(RowwiseLM, model, mechanism) for mechanism in MECHANISMS]
+    refused: list[probe.Refused] = []
+    for way in ways:
+        try:
+            lm = way()
+        except probe.Refused as error:
+            refused.append(error)
+            continue
+        if refused:
+            _say_once(model, lm.mechanism, refused[0].reason)
+        return lm
+    reasons = "; ".join(f"{error.mechanism}: {error.reason}" for error in refused)
+    raise ModelError(
+        f"{type(model).__name__} cannot be decoded exactly in any way. {reasons}. "
+        "What specdec cannot run, transformers' own generate can"
+    )
+
+
+_said: set[tuple[type, str]] = set()  # fall-backs that this process has been told of
+
+
+def _say_once(model: PreTrainedModel, mechanism: str, reason: str) -> None:
+    if (type(model), mechanism) not in _said:
+        _said.add((type(model), mechanism))
+        message = (
+            f"{type(model).__name__} is decoded {mechanism}, which is exact, and slower than in one pass for all rows"
+        )
+        message += f" ({reason})"
+        warnings.warn(message, FallbackWarning, stacklevel=3)
 
 
 # --- What can be told without running a model
@@ -180,11 +216,11 @@ def _check_supported(model: PreTrainedModel) -> int:
     """Refuse what is known not to work; the number of layers of all others."""
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        raise _refusal(model, "it is an encoder-decoder, and only decoder-only models can be")
+        raise _refused(model, "it is an encoder-decoder, and only decoder-only models can be")
     if model.get_output_embeddings() is None:
-        raise _refusal(model, "it has no language-model head. Load it with AutoModelForCausalLM")
+        raise _refused(model, "it has no language-model head. Load it with AutoModelForCausalLM")
     if config._attn_implementation not in ATTENTION:
-        raise _refusal(
+        raise _refused(
             model,
             f"its attention is {config._attn_implementation!r}, not one of {', '.join(ATTENTION)}. "
             'Load it with attn_implementation="sdpa"',
@@ -192,100 +228,21 @@ def _check_supported(model: PreTrainedModel) -> int:
     layer_types = get_layer_types_and_kwargs(config)[0]
     others = sorted(set(layer_types) - set(LAYER_TYPES))
     if others or model._is_stateful:
-        raise _refusal(
+        raise _refused(
             model,
             f"its layers of type {', '.join(others) or 'recurrent'} keep a state that cannot forget a token; "
             f"allowed are {', '.join(LAYER_TYPES[:-1])}",
         )
     if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise _refusal(model, "its forward pass takes no past_key_values, so that it cannot remember what it has read")
+        raise _refused(model, "its forward pass takes no past_key_values, so that it cannot remember what it has read")
     return len(layer_types)
 
 
-def _refusal(model: PreTrainedModel, reason: str) -> ModelError:
-    return ModelError(
-        f"{type(model).__name__} cannot be decoded exactly in ragged batches: {reason}. "
-        "What specdec cannot run, transformers' own generate can"
-    )
-
-
-def _logits_width(model: PreTrainedModel) -> int:
-    width = getattr(model.get_output_embeddings(), "out_features", None)
-    return int(width or model.config.get_text_config(decoder=True).vocab_size)
-
-
-def _context(model: PreTrainedModel) -> int:
-    """Positions up to which a row's logits depend on that row alone.
-
-    With longrope one row past the length of the pretraining changes the rotary frequencies of the whole batch.
-    """
-    config = model.config.get_text_config(decoder=True)
-    limits = [getattr(config, "max_position_embeddings", None)]
-    settings = getattr(config, "rope_parameters", None) or {}
-    for rope in [settings, *(part for part in settings.values() if isinstance(part, dict))]:  # or one per layer type
-        if rope.get("rope_type") == "longrope":
-            limits.append(rope.get("original_max_position_embeddings"))
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=UNBOUNDED)
+def _refused(model: PreTrainedModel, reason: str) -> probe.Refused:
+    return probe.Refused(model, reason, HFLM.mechanism)
 
 
 # --- What only running it tells
-
-# Tokens that each of two rows keeps of each pass of the probe. The first pass is padded, the others read wrong tokens
-# behind the kept ones.
-_KEPT = ((2, 1), (1, 3), (3, 0), (1, 3))
-_WIDTH = 3
-_SKEW = 100_000  # tokens; beyond all thresholds at which models change what they do with long texts
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-_exact: set[tuple[object, ...]] = set()  # what the probe has found exact in this process
-
-
-def _admit(lm: HFLM) -> None:
-    """Raise unless the probe, run once per class, configuration and library version, finds the model exact."""
-    model = lm.model
-    settings = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-    attention = model.config.get_text_config(decoder=True)._attn_implementation
-    key = (type(model), settings, attention, transformers.__version__, lm.dtype, lm.device.type)
-    if key in _exact:
-        return
-    try:
-        reason = _difference(lm)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a model's code raises on our cache is the reason to refuse it
-        raise _refusal(model, f"its forward pass raised {type(error).__name__}: {error}") from error
-    if reason is not None:
-        raise _refusal(model, reason)
-    _exact.add(key)
-
-
-@torch.inference_mode()
-def _difference(lm: HFLM) -> str | None:
-    """How two rows in ragged passes differ from each of them alone and without a cache; None when they do not."""
-    texts = _random_tokens(lm.model, 2, sum(kept[0] for kept in _KEPT), seed=0).to(lm.device)
-    plain = torch.stack([_logits(lm.model, text[None], {"use_cache": False})[0].float() for text in texts])
-    if plain.shape[-1] != lm.vocab_size:
-        return f"its logits have {plain.shape[-1]} entries where its head has {lm.vocab_size}"
-    limit = _tolerance(lm) * float((plain - plain.mean(-1, keepdim=True)).square().mean().sqrt())
-    lm.reserve(2, texts.shape[1])
-    for turn, kept in enumerate(_KEPT):
-        tokens = _random_tokens(lm.model, 2, _WIDTH, seed=1 + turn).to(lm.device)
-        for row, count in enumerate(kept):
-            tokens[row, :count] = texts[row, lm.lengths[row] : lm.lengths[row] + count]
-        logits = lm.append(tokens, kept if turn == 0 else None)
-        for row, count in enumerate(kept):
-            expected = plain[row, lm.lengths[row] : lm.lengths[row] + count]
-            error = _distance(logits[row, :count], expected)
-            if not error <= limit:
-                return (
-                    f"logits of ragged passes differ by {error:.2g} from those of each row alone, allowed {limit:.2g}"
-                )
-        lm.keep(kept if turn < len(_KEPT) - 1 else (0, 0))
-    if hidden := _hidden_window(lm):
-        return f"its config has {hidden} and its masks have no window, so it must have one of its own making"
-    if not _distance(_told_another_length(lm, tokens, logits), logits.float()) <= limit:
-        return "its logits depend on the length of its cache, which is that of no single row"
-    return None
 
 
 def _told_another_length(lm: HFLM, tokens: Tensor, logits: Tensor) -> Tensor:
@@ -293,17 +250,11 @@ def _told_another_length(lm: HFLM, tokens: Tensor, logits: Tensor) -> Tensor:
 
     Those that only size a mask by it, which is then thrown away, may fail: they give ``logits``.
     """
-    lm.skew = _SKEW
+    lm.skew = SKEW
     try:
         return lm.append(tokens)
     except RuntimeError:
         return logits
-
-
-def _distance(logits: Tensor, expected: Tensor) -> float:
-    """Root mean square over the vocabulary, of the worst position."""
-    errors = (logits.float() - expected).square().mean(-1).sqrt()
-    return float(errors.max()) if errors.numel() else 0.0
 
 
 def _hidden_window(lm: HFLM) -> str | None:
@@ -321,21 +272,3 @@ def _hidden_window(lm: HFLM) -> str | None:
             if 0 < window < lm.context and all(seen):
                 return f"{name} of {window}"
     return None
-
-
-def _tolerance(lm: HFLM) -> float:
-    """Rounding error allowed, relative to the spread of the logits."""
-    coarse = lm.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return _TOLERANCE[torch.bfloat16 if coarse else lm.dtype]
-
-
-def _random_tokens(model: PreTrainedModel, rows: int, width: int, *, seed: int) -> Tensor:
-    """Random ids, without those that the config gives a meaning of their own (padding, images, ...)."""
-    special: set[int] = set()
-    for config in (model.config, model.config.get_text_config(decoder=True)):
-        for name, value in config.to_dict().items():
-            if name.endswith(("_token_id", "_token_index")):
-                special.update(value if isinstance(value, list) else [value])
-    size = model.get_input_embeddings().num_embeddings
-    ordinary = torch.tensor([token for token in range(size) if token not in special] or list(range(size)))
-    return ordinary[torch.randint(len(ordinary), (rows, width), generator=torch.Generator().manual_seed(seed))]

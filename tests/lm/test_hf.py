@@ -40,7 +40,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from specdec import Engine
 from specdec.drafters.model import ModelDrafter
 from specdec.errors import ModelError
-from specdec.lm import hf
+from specdec.lm import hf, probe
 from specdec.lm.hf import HFLM
 
 SHAPE: dict[str, Any] = {
@@ -60,7 +60,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
 
 @pytest.fixture(autouse=True)
 def nothing_admitted_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "_exact", set())
+    monkeypatch.setattr(probe, "_exact", set())
 
 
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -213,8 +213,10 @@ def test_reading_a_prompt_computes_one_column_of_logits() -> None:
 
 def test_the_probe_runs_once_per_kind_of_model(monkeypatch: pytest.MonkeyPatch) -> None:
     probed = []
-    difference = hf._difference
-    monkeypatch.setattr(hf, "_difference", lambda lm: probed.append(lm.model) or difference(lm))
+    difference = probe._difference
+    monkeypatch.setattr(
+        probe, "_difference", lambda lm, model, *others: probed.append(model) or difference(lm, model, *others)
+    )
     model = llama()
     for again in (model, llama(1)):
         HFLM(again)
@@ -247,6 +249,7 @@ class IgnoresMasks(LlamaForCausalLM):
     """Brings its own mask, as models older than the mask builders do: correct with a cache of equal rows."""
 
     def forward(self, input_ids: Tensor, position_ids: Any = None, past_key_values: Any = None, **given: Any) -> Any:
+        given.pop("attention_mask", None)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         total = seen + input_ids.shape[1]
         mask = torch.ones(total, total, dtype=torch.bool).tril()[seen:].expand(len(input_ids), 1, -1, -1)
@@ -314,7 +317,6 @@ REASONS = {
     "gpt neo, window 4": "logits of ragged passes differ by",
     "gpt neo, window 32": "config has window_size of 32 and its masks have no window",  # longer than the probe
     "llama 4": "depend on the length of its cache",  # scales attention from token 8192 on, wherever a row's own is
-    "roberta": "logits of ragged passes differ by",
     "mamba": "linear_attention.*keep a state",
     "bart": "encoder-decoder",
     "no head": "no language-model head",
@@ -378,7 +380,7 @@ def test_alibi_follows_the_rows(family: str) -> None:
     shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     if family == "bloom":
         found = checked(BloomForCausalLM(BloomConfig(**shape, initializer_range=0.3)))
-        assert found.lm.context == hf.UNBOUNDED
+        assert found.lm.context == probe.UNBOUNDED
     else:  # sizes a mask by the length that the cache reports
         found = checked(FalconForCausalLM(FalconConfig(**shape, alibi=True, initializer_range=0.3)))
     found.reserve(3, 30)
@@ -390,6 +392,12 @@ def test_alibi_follows_the_rows(family: str) -> None:
 
 def test_a_window_that_is_never_reached_is_none() -> None:
     random_walk(checked(other("gpt neo, window 64")), steps=20, seed=0)
+
+
+def test_positions_are_those_of_transformers_generate() -> None:
+    """Those of a RoBERTa begin behind the padding id when it counts them itself, and at 0 in ``generate``."""
+    model = other("roberta").eval()
+    assert Engine(HFLM(model)).generate(PROMPTS, max_new_tokens=12).token_ids == greedy(model)
 
 
 def test_rope_that_depends_on_the_batch_ends_the_context() -> None:
