@@ -123,7 +123,7 @@ class _Call:
         self.target, self.drafter = engine.target, engine.drafter
         self.controller = FixedLength(settings.num_draft_tokens if self.drafter is not None else 0)
         # All rules agree on one-hot laws, and this one does least.
-        greedy = all(request.params.greedy for request in requests if isinstance(request, Request))
+        greedy = all(request.greedy for request in requests if isinstance(request, Request))
         self.rule = RULES["coupled" if greedy else settings.rule]
         self.stats = Stats()
         self.plain_next = False
@@ -173,7 +173,7 @@ class _Call:
         else:
             draft = Draft.empty(len(sequences), sequences.device)
         logits = sequences.fit(self.target.append(torch.cat([sequences.last_tokens, draft.tokens], dim=1)))
-        laws = sequences.laws(logits, draft.tokens)
+        laws = sequences.laws(logits, draft)
         verdict = self.rule(laws, draft, sequences.randomness)
         step = sequences.commit(logits, laws, draft, verdict)
         self.target.keep([1 + accepted for accepted in step.accepted])

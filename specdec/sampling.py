@@ -113,6 +113,20 @@ def warpers(params: SamplingParams) -> LogitsProcessorList:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Filters:
+    """How scores become a law: the largest alone (greedy), or a softmax after ``warpers``, which see no text."""
+
+    greedy: bool
+    warpers: LogitsProcessorList
+
+
+@lru_cache(maxsize=256)
+def filters(params: SamplingParams) -> Filters:
+    """Those of ``params``; the same object for equal ones, so that rows can be grouped by it."""
+    return Filters(params.greedy, warpers(params))
+
+
 def prefix_processors(
     params: SamplingParams, prompt_length: int, eos_ids: Sequence[int], device: torch.device
 ) -> LogitsProcessorList:
@@ -127,37 +141,41 @@ def prefix_processors(
     return found
 
 
-def law(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The float32 law of ``logits`` [..., V] under ``params``; the same shape.
+def law(logits: Tensor, by: Filters) -> Tensor:
+    """The float32 law of ``logits`` [..., V]; the same shape.
 
     Where no token can be drawn (a logit is NaN or +inf, or all are -inf) every entry is NaN; see ``is_law``.
     """
-    if params.greedy:
+    if by.greedy:
         peak, token = logits.float().max(-1, keepdim=True)
         zero = peak - peak
         return zero.expand_as(logits).scatter(-1, token, zero + 1)
-    if filters := warpers(params):
-        flat = logits.reshape(-1, logits.shape[-1]).float()
-        return filters(None, flat).softmax(-1).view(logits.shape)
-    return logits.softmax(-1, dtype=torch.float32)
+    return filtered(logits, by).softmax(-1, dtype=torch.float32)
 
 
-def same_settings(params: Sequence[SamplingParams]) -> dict[SamplingParams, list[int]]:
-    """Rows with equal settings go together through ``laws``."""
-    groups: dict[SamplingParams, list[int]] = {}
-    for row, settings in enumerate(params):
-        groups.setdefault(settings, []).append(row)
-    return groups
+def filtered(logits: Tensor, by: Filters) -> Tensor:
+    """Scores [..., V]: ``logits`` after the warpers, in float32 if there are any."""
+    if not by.warpers:
+        return logits
+    return by.warpers(None, logits.reshape(-1, logits.shape[-1]).float()).view(logits.shape)
 
 
-def laws(logits: Tensor, groups: dict[SamplingParams, list[int]]) -> Tensor:
-    """One law per position of ``logits`` [B, T, V], each row under its own settings; see ``same_settings``."""
+def laws(logits: Tensor, groups: dict[Filters, list[int]]) -> Tensor:
+    """One law per position of ``logits`` [B, T, V], each row under its own filters; see ``same_filters``."""
     if len(groups) == 1:
         return law(logits, next(iter(groups)))
     result = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    for settings, rows in groups.items():
-        result[rows] = law(logits[rows], settings)
+    for by, rows in groups.items():
+        result[rows] = law(logits[rows], by)
     return result
+
+
+def same_filters(rules: Sequence[Filters]) -> dict[Filters, list[int]]:
+    """Rows with the same filters go together through ``laws``."""
+    groups: dict[Filters, list[int]] = {}
+    for row, by in enumerate(rules):
+        groups.setdefault(by, []).append(row)
+    return groups
 
 
 def is_law(probs: Tensor) -> Tensor:

@@ -8,12 +8,22 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import LogitsProcessorList
 
 from specdec.draft import Draft
 from specdec.errors import ModelError, SpecDecError
 from specdec.lm.base import window_start
-from specdec.sampling import GREEDY, Randomness, SamplingParams, is_law, laws, prefix_processors, same_settings
+from specdec.processors import Processing, RowCriteria, RowProcessors
+from specdec.sampling import (
+    GREEDY,
+    Randomness,
+    SamplingParams,
+    filtered,
+    filters,
+    is_law,
+    laws,
+    prefix_processors,
+    same_filters,
+)
 from specdec.text import TextStream
 from specdec.verify import Verdict
 
@@ -23,7 +33,7 @@ class Request:
     """One row to generate: validated, in token ids, independent of every other row.
 
     ``max_length`` counts prompt and new tokens; beyond the model's context the row keeps its most recent tokens only.
-    ``sample_of`` names requests that share a prompt (and its prefill).
+    ``sample_of`` names requests that share a prompt (and its prefill). ``processing`` takes the place of ``params``.
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +43,12 @@ class Request:
     eos_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     sample_of: int | None = None
+    processing: Processing | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every law of this row is one-hot."""
+        return self.processing.filters.greedy if self.processing else self.params.greedy
 
 
 class Row:
@@ -48,9 +64,12 @@ class Row:
         self.from_draft: list[bool] = []
         self.finish_reason: str | None = None
         self.error: SpecDecError | None = None
-        self.processors: LogitsProcessorList = prefix_processors(
-            request.params, len(request.prompt), sorted(request.eos_ids), device
-        )
+        given = request.processing or _processing(request, device)
+        self.filters = given.filters
+        self.processors = RowProcessors(given.processors, given.head, given.place)
+        self._criteria = RowCriteria(given.criteria, given.head, given.place, device)
+        self.raw_logits: list[Tensor] = []
+        self.scores: list[Tensor] = []
 
     @property
     def new_tokens(self) -> list[int]:
@@ -70,7 +89,7 @@ class Row:
             stopped = self.text.push(token) if self.text is not None else False
             if token in self.request.eos_ids:
                 self.finish("eos")
-            elif stopped:
+            elif stopped or (self._criteria and self._criteria.met(self.new_tokens)):
                 self.finish("stop")
             elif self.remaining == 0:
                 self.finish("length")
@@ -107,12 +126,21 @@ class Step:
 
 
 class Sequences:
-    """The live rows, in slots 0 .. B-1, as one batch of tensors."""
+    """The live rows, in slots 0 .. B-1, as one batch of tensors. With ``record`` rows keep their logits and scores."""
 
-    def __init__(self, *, vocab_size: int, context: int, device: torch.device, coupled: bool, logprobs: bool) -> None:
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        context: int,
+        device: torch.device,
+        coupled: bool,
+        logprobs: bool,
+        record: bool = False,
+    ) -> None:
         self.rows: list[Row] = []
         self.vocab_size, self.context, self.device = vocab_size, context, device
-        self._coupled, self._logprobs = coupled, logprobs
+        self._coupled, self._logprobs, self._record = coupled, logprobs, record
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -122,10 +150,10 @@ class Sequences:
         columns = [[row.tokens[-1], row.request.seed, len(row.tokens)] for row in self.rows]
         table = torch.tensor(columns, dtype=torch.long).to(self.device)
         self.last_tokens = table[:, :1]
-        self._groups = same_settings([row.request.params for row in self.rows])
-        self.greedy = all(params.greedy for params in self._groups)
+        self._groups = same_filters([row.filters for row in self.rows])
+        self.greedy = all(by.greedy for by in self._groups)
         self.randomness = Randomness(table[:, 1], table[:, 2], coupled=self._coupled, constant=self.greedy)
-        self._reads_prefix = [b for b, row in enumerate(self.rows) if len(row.processors)]
+        self._reads_prefix = [b for b, row in enumerate(self.rows) if row.processors]
 
     @property
     def starts(self) -> list[int]:
@@ -149,18 +177,27 @@ class Sequences:
         missing = self.vocab_size - logits.shape[-1]
         return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
 
-    def laws(self, logits: Tensor, drafted: Tensor, at: int = 0) -> Tensor:
-        """Each row's laws, float32 [B, T, V], of logits [B, T, V]; NaN where no token can be drawn.
+    def laws(self, logits: Tensor, draft: Draft) -> Tensor:
+        """Each row's laws, float32 [B, K+1, V], of logits [B, K+1, V]; NaN where no token can be drawn.
 
-        Position t follows the row's text and ``drafted[:, : at + t]``; processors see exactly that prefix.
+        Position t follows the row's text and its first t draft tokens; processors see exactly that prefix.
         """
         if self._reads_prefix:
             logits = logits.clone()
+            counts = draft.lengths.tolist()
         for b in self._reads_prefix:
-            text = torch.tensor(self.rows[b].tokens, device=logits.device)
-            for t in range(logits.shape[1]):
-                prefix = torch.cat([text, drafted[b, : at + t].to(text)])
-                logits[b, t] = self.rows[b].processors(prefix[None], logits[b, t][None])[0]
+            row = self.rows[b]
+            logits[b] = row.processors.verify(row.new_tokens, draft.tokens[b, : counts[b]], logits[b])
+        self._processed = logits if self._record else None
+        return laws(logits, self._groups)
+
+    def draft_laws(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """Laws [B, 1, V] of a drafter's logits [B, 1, V] of the position after ``drafted`` [B, i], one after another."""
+        if self._reads_prefix:
+            logits = logits.clone()
+        for b in self._reads_prefix:
+            row = self.rows[b]
+            logits[b, 0] = row.processors.draft(row.new_tokens, drafted[b], logits[b, 0])
         return laws(logits, self._groups)
 
     def commit(self, logits: Tensor, laws: Tensor, draft: Draft, verdict: Verdict) -> Step:
@@ -178,6 +215,11 @@ class Sequences:
             if not sound and not drafted:
                 row.fail(_no_law(row))
             step.committed.append(row.commit([*drafted[:accepted], next_token], accepted) if sound else 0)
+            if row.processors:
+                row.processors.commit(step.committed[b])
+            if self._processed is not None:
+                row.raw_logits.append(logits[b, : step.committed[b]])
+                row.scores.append(filtered(self._processed[b, : step.committed[b]], row.filters))
             if logprobs is not None:
                 row.logprobs.extend(logprobs[b][: step.committed[b]])
             if row.finish_reason is not None:
@@ -203,6 +245,13 @@ class Sequences:
         tokens = torch.nn.functional.pad(draft.tokens, (0, 1)).scatter(1, accepted, verdict.next_token.unsqueeze(1))
         found: list[list[float]] = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
         return found
+
+
+def _processing(request: Request, device: torch.device) -> Processing:
+    """What the request's ``params`` say."""
+    head, params = request.prompt, request.params
+    processors = prefix_processors(params, len(head), sorted(request.eos_ids), device)
+    return Processing(head, processors, filters(params))
 
 
 def _no_law(row: Row) -> ModelError:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.draft import Draft
-from specdec.sampling import SamplingParams, law, prefix_processors, race
+from specdec.sampling import SamplingParams, filters, law, prefix_processors, race
 from specdec.verify import Rule, Verdict, block_chances, block_survival, leading, next_law, rejection_chances, trailing
 
 Tree = list[Tensor]
@@ -233,7 +233,7 @@ def filtered_tree(logits: Tree, params: SamplingParams, prompt: Sequence[int], e
     for t, level in enumerate(logits):
         texts = paths(level.shape[-1], t)
         prefix = torch.cat([torch.tensor(prompt).expand(len(texts), -1), texts], dim=1)
-        found = law(processors(prefix, level.float()), params).double()
+        found = law(processors(prefix, level.float()), filters(params)).double()
         tree.append(found / found.sum(-1, keepdim=True))
     return tree
 

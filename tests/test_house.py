@@ -18,6 +18,7 @@ ROOT = Path(specdec.__file__).parent
 LAYERS = [
     ["errors"],
     ["sampling"],
+    ["processors"],
     ["draft"],
     ["verify", "stats", "lm.cache", "lm.base", "nn", "text"],
     ["lm"],

@@ -235,8 +235,8 @@ def test_the_test_notices_swapped_rows(rule: str, monkeypatch: pytest.MonkeyPatc
     """Every row is verified with the target's laws of its neighbour."""  # CASES 17
     right = Sequences.laws
 
-    def swapped(self: Sequences, logits: Tensor, drafted: Tensor, at: int = 0) -> Tensor:
-        return right(self, logits, drafted, at).roll(1 if logits.shape[1] > 1 else 0, 0)
+    def swapped(self: Sequences, logits: Tensor, draft: Draft) -> Tensor:
+        return right(self, logits, draft).roll(1, 0)
 
     monkeypatch.setattr(Sequences, "laws", swapped)
     output = sample(DRAFTERS["model"](), ONE, FEW, rule=rule, num_draft_tokens=3)

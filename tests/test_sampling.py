@@ -14,17 +14,24 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import LogitsProcessorList
 
 from specdec.errors import ConfigError
+from specdec import sampling
+from specdec.draft import Draft
 from specdec.sampling import (
     LEAST_TEMPERATURE,
     SamplingParams,
+    filters,
     is_law,
-    law,
     laws,
     prefix_processors,
-    same_settings,
+    same_filters,
     warpers,
 )
 from specdec.sequences import Request, Row, Sequences
+
+
+def law(logits: Tensor, params: SamplingParams) -> Tensor:
+    return sampling.law(logits, filters(params))
+
 
 VOCAB, EOS, PROMPT = 37, 5, [3, 9, 9, 20]
 CPU = torch.device("cpu")
@@ -75,6 +82,11 @@ def hf_processors(model: LlamaForCausalLM, params: SamplingParams, prompt_length
 
 def random_logits(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def chain(drafted: Tensor) -> Draft:
+    """All of ``drafted`` [B, K], proposed with certainty."""
+    return Draft(drafted, torch.full((len(drafted),), drafted.shape[1]))
 
 
 def batch_of(params: Sequence[SamplingParams], texts: Sequence[Sequence[int]], new: int = 0) -> Sequences:
@@ -149,10 +161,10 @@ def test_a_verified_block_has_the_laws_of_generate_token_by_token(
     for new in range(len(text) - len(PROMPT)):
         batch = batch_of([params], [text[: len(PROMPT) + new]], new)
         drafted = torch.tensor([text[len(PROMPT) + new : -1]], dtype=torch.long)
-        found = batch.laws(logits[:, new:], drafted)
+        found = batch.laws(logits[:, new:], chain(drafted))
         assert torch.equal(found, expected[:, new:])
         for at in range(drafted.shape[1]):  # as a drafter asks, one position at a time
-            one = batch.laws(logits[:, new + at, None], drafted[:, :at], at=at)
+            one = batch.draft_laws(logits[:, new + at, None], drafted[:, :at])
             assert torch.equal(one[:, 0], expected[:, new + at])
 
 
@@ -162,20 +174,20 @@ def test_the_penalty_counts_prompt_and_drafted_tokens_once_each() -> None:
     batch = batch_of([SamplingParams(1.0, repetition_penalty=2.0)], [[1, 2, 2]], new=1)
     logits = torch.full((1, 3, VOCAB), 3.0)
     logits[..., 4] = -3.0
-    found = batch.laws(logits, torch.tensor([[4, 2]]))
+    found = batch.laws(logits, chain(torch.tensor([[4, 2]])))
     for t, seen in enumerate([[1, 2], [1, 2, 4], [1, 2, 4]]):
         expected = logits[0, t].clone()
         expected[seen] = torch.tensor([1.5, 1.5, -6.0])[: len(seen)]
         assert torch.equal(found[0, t], expected.softmax(-1))
     assert batch.rows[0].tokens == [1, 2, 2]
     assert bool((logits[..., 0] == 3.0).all())  # and again gives the same: nothing was recorded
-    assert torch.equal(batch.laws(logits, torch.tensor([[4, 2]])), found)
+    assert torch.equal(batch.laws(logits, chain(torch.tensor([[4, 2]]))), found)
 
 
 def test_min_new_tokens_counts_tokens_and_not_steps() -> None:
     # CASES 54
     batch = batch_of([SamplingParams(1.0, min_new_tokens=3)], [[1, 2, 7]], new=1)
-    found = batch.laws(random_logits(1, 4, VOCAB), torch.tensor([[3, 4, 6]]))
+    found = batch.laws(random_logits(1, 4, VOCAB), chain(torch.tensor([[3, 4, 6]])))
     assert (found[0, :, EOS] > 0).tolist() == [False, False, True, True]
 
 
@@ -187,10 +199,10 @@ def test_rows_with_different_settings_keep_to_themselves() -> None:
     drafted = torch.randint(VOCAB, (len(COMBINATIONS), 2), generator=generator)
     logits = random_logits(len(COMBINATIONS), 3, VOCAB, seed=3)
     before = logits.clone()
-    together = batch_of(COMBINATIONS, texts, new=1).laws(logits, drafted)
+    together = batch_of(COMBINATIONS, texts, new=1).laws(logits, chain(drafted))
     assert torch.equal(logits, before)
     for b, params in enumerate(COMBINATIONS):
-        alone = batch_of([params], [texts[b]], new=1).laws(logits[b : b + 1], drafted[b : b + 1])
+        alone = batch_of([params], [texts[b]], new=1).laws(logits[b : b + 1], chain(drafted[b : b + 1]))
         assert torch.equal(together[b], alone[0]), params
 
 
@@ -212,7 +224,7 @@ def test_laws_are_float32_whatever_the_logits_are(dtype: torch.dtype) -> None:
     logits = random_logits(3, 2, VOCAB).to(dtype)
     params = [SamplingParams(), SamplingParams(0.8, top_p=0.9), SamplingParams(1.0, repetition_penalty=1.2)]
     for settings in (params, params[:1] * 3, params[1:2] * 3):
-        found = laws(logits, same_settings(settings))
+        found = laws(logits, same_filters([filters(params) for params in settings]))
         assert found.dtype == torch.float32
         assert torch.allclose(found.sum(-1), torch.ones(3, 2), atol=1e-6)
     assert torch.equal(law(logits, params[1]), law(logits.float(), params[1]))

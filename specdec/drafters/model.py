@@ -44,7 +44,7 @@ class ModelDrafter:
         for i in range(count):
             if i > 0:
                 logits = self.lm.append(tokens[:, -1:])
-            laws.append(sequences.laws(sequences.fit(logits), tokens, at=i))
+            laws.append(sequences.draft_laws(sequences.fit(logits), tokens))
             tokens = torch.cat([tokens, sequences.randomness.draft(i, laws[i])], dim=1)
         sound = leading(torch.cat([is_law(law) for law in laws], dim=1))
         # What was drawn of no law is not proposed. That depends on the text before it alone, so the text's law is kept.

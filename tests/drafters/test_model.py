@@ -9,7 +9,7 @@ from torch import Tensor
 from specdec import Draft, Engine
 from specdec.drafters.model import ModelDrafter
 from specdec.lm.base import window_start
-from specdec.sampling import SamplingParams, law
+from specdec.sampling import SamplingParams, filters, law
 from specdec.sequences import Sequences, Step
 from toys import TableLM, native, noisy, random_table, tiny_gpt
 
@@ -60,7 +60,7 @@ def table_law(table: Tensor, text: list[int], params: SamplingParams) -> Tensor:
     logits = table[text[-2] if len(text) > 1 else 0, text[-1]].clone()
     for token in set(text):
         logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
-    return law(logits, params)
+    return law(logits, filters(params))
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3, 12])
