@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench bench-hf clean
 
 demo: $(INSTALLED)
 	$(BIN)/specdec demo
@@ -25,6 +25,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py
+
+bench-hf: $(INSTALLED)
+	$(BIN)/python benchmarks/compare_hf.py
 
 # torch comes first and by its exact version: a range could fetch several GB of CUDA packages on a machine without GPU.
 $(INSTALLED): pyproject.toml constraints.txt
