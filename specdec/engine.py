@@ -17,8 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec.control import FixedLength
 from specdec.draft import Draft, Drafter
+from specdec.encoded import encoded_requests
 from specdec.errors import ConfigError, GenerationError, SpecDecError
 from specdec.lm.base import CachedLM, catch_up
+from specdec.lm.encdec import EncoderDecoderLM
 from specdec.requests import Limits, Prompts, Settings, build_requests
 from specdec.sequences import Request, Row, Sequences, Step
 from specdec.stats import Stats
@@ -102,22 +104,32 @@ class Engine:
         """Like ``generate``, as an iterator of ``Piece``; a row that fails ends with reason "error"."""
         return self._call(prompts, attention_mask, settings, streaming=True).pieces()
 
-    def _call(
-        self, prompts: Prompts, attention_mask: Tensor | None, given: dict[str, Any], *, streaming: bool
-    ) -> _Call:
+    def call(self, requests: list[Request | SpecDecError], settings: Settings, *, record: bool = False) -> Call:
+        """A run of requests made elsewhere; ``record`` keeps every row's logits and scores."""
+        return Call(self, requests, settings, streaming=False, record=record)
+
+    def _call(self, prompts: Prompts, attention_mask: Tensor | None, given: dict[str, Any], *, streaming: bool) -> Call:
         settings = Settings.of(given)
-        requests = build_requests(prompts, attention_mask, settings, self.limits, self.tokenizer)
+        if isinstance(self.target, EncoderDecoderLM):
+            requests = encoded_requests(prompts, attention_mask, settings, self.limits, self.tokenizer, self.target)
+        else:
+            requests = build_requests(prompts, attention_mask, settings, self.limits, self.tokenizer)
         errors = [request for request in requests if isinstance(request, SpecDecError)]
         if errors and settings.on_error == "raise":
             raise errors[0]
-        return _Call(self, requests, settings, streaming)
+        return Call(self, requests, settings, streaming)
 
 
-class _Call:
+class Call:
     """One run of the loop: its rows, waiting, live and finished, and what it counted."""
 
     def __init__(
-        self, engine: Engine, requests: list[Request | SpecDecError], settings: Settings, streaming: bool
+        self,
+        engine: Engine,
+        requests: list[Request | SpecDecError],
+        settings: Settings,
+        streaming: bool,
+        record: bool = False,
     ) -> None:
         self.engine, self.requests, self.settings = engine, requests, settings
         self.target, self.drafter = engine.target, engine.drafter
@@ -133,6 +145,7 @@ class _Call:
             device=self.target.device,
             coupled=settings.rule == "coupled",
             logprobs=settings.logprobs,
+            record=record,
         )
         self.rows = {
             index: Row(request, index, self._text(request, streaming), self.target.device)
@@ -198,6 +211,7 @@ class _Call:
                 siblings.append(row)
             else:
                 known.add(row.request.sample_of)
+                self.target.enter(len(rows), row.request.source)
                 rows.append(row)
         before = self.target.forward_seconds
         self._catch_up()
@@ -218,6 +232,8 @@ class _Call:
         source = next(slot for slot, other in enumerate(rows) if other.request.sample_of == row.request.sample_of)
         if self.target.starts[source] == 0:
             self._copy(source, len(rows), len(row.request.prompt) - 1)
+        else:
+            self.target.enter(len(rows), row.request.source)
         rows.append(row)
 
     def _release(self, step: Step) -> None:

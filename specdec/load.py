@@ -13,8 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
@@ -34,6 +37,8 @@ from specdec.nn.gpt import GPT, state_from_hf, why_unsupported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {"ngram": NgramDrafter}
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 ModelLike = str | Path | nn.Module | CachedLM
 
@@ -136,6 +141,8 @@ def find_tokenizer(model: object) -> PreTrainedTokenizerBase | None:
         directory = _directory(name)
     except CheckpointError:
         return None  # a model without a tokenizer is fine: prompts then come as token ids
+    if not any(file.name in TOKENIZER_FILES or file.suffix == ".model" for file in directory.iterdir()):
+        return None  # asked all the same, transformers would make up one that knows special tokens only
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
         return found
@@ -154,10 +161,14 @@ def _load_model(directory: Path, dtype: torch.dtype | None) -> nn.Module:
         raise CheckpointError(f"{directory}/config.json cannot be read as a model configuration: {error}") from error
     if isinstance(config, LlamaConfig) and type(config) is LlamaConfig and why_unsupported(config) is None:
         return load_gpt(directory, config, dtype or _config_dtype(config))
+    loader: Any = AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        reads_text = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        loader = AutoModelForSeq2SeqLM if reads_text else AutoModelForSpeechSeq2Seq
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", use_safetensors=True)
+        model: nn.Module = loader.from_pretrained(directory, dtype=dtype or "auto", use_safetensors=True)
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{directory} cannot be loaded as a causal language model: {error}") from error
+        raise CheckpointError(f"{directory} cannot be loaded as a language model: {error}") from error
     return model.eval()
 
 

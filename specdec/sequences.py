@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Request:
 
     ``max_length`` counts prompt and new tokens; beyond the model's context the row keeps its most recent tokens only.
     ``sample_of`` names requests that share a prompt (and its prefill). ``processing`` takes the place of ``params``.
+    ``source`` is what the encoder of an encoder-decoder reads, see ``CachedLM.enter``.
     """
 
     prompt: tuple[int, ...]
@@ -44,6 +46,7 @@ class Request:
     stop: tuple[str, ...] = ()
     sample_of: int | None = None
     processing: Processing | None = None
+    source: Any = None
 
     @property
     def greedy(self) -> bool:
@@ -64,7 +67,7 @@ class Row:
         self.from_draft: list[bool] = []
         self.finish_reason: str | None = None
         self.error: SpecDecError | None = None
-        given = request.processing or _processing(request, device)
+        given = request.processing or processing_of(request, device)
         self.filters = given.filters
         self.processors = RowProcessors(given.processors, given.head, given.place)
         self._criteria = RowCriteria(given.criteria, given.head, given.place, device)
@@ -247,7 +250,7 @@ class Sequences:
         return found
 
 
-def _processing(request: Request, device: torch.device) -> Processing:
+def processing_of(request: Request, device: torch.device) -> Processing:
     """What the request's ``params`` say."""
     head, params = request.prompt, request.params
     processors = prefix_processors(params, len(head), sorted(request.eos_ids), device)

@@ -25,9 +25,10 @@ LAYERS = [
     ["sequences"],
     ["control"],
     ["drafters", "requests", "training"],
+    ["encoded"],
     ["engine"],
     ["load"],
-    ["generate"],
+    ["generate", "plugin"],
     [""],  # specdec itself, the public names
     ["bench", "picture"],
     ["demo"],

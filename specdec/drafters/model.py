@@ -72,6 +72,10 @@ class ModelDrafter:
         """Read every row's unread text; logits [B, 1, W] of what follows it."""
         texts = [row.tokens for row in sequences.rows]
         starts = [window_start(len(text) + count, self.lm.context) for text in texts]
+        if self.lm.encodes:
+            for slot, row in enumerate(sequences.rows):
+                if self.lm.lengths[slot] == 0:  # new, or forgotten
+                    self.lm.enter(slot, row.request.source)
         catch_up(self.lm, texts, starts, _SLACK)
         unread = [text[start + self.lm.lengths[b] :] for b, (text, start) in enumerate(zip(texts, starts, strict=True))]
         self._count, self._unread = count, [len(tokens) for tokens in unread]

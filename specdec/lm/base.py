@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from specdec.errors import PromptError
 
 FILL_TOKENS = 2048  # tokens of one prefill pass; bounds its memory: scores grow with pass x context
 
@@ -25,6 +28,7 @@ class CachedLM(ABC):
     """
 
     mechanism = "ragged"
+    encodes = False  # whether an encoder reads a source of every row; see ``enter``
 
     def __init__(self, vocab_size: int, context: int, device: torch.device, dtype: torch.dtype) -> None:
         self.vocab_size, self.context = vocab_size, context
@@ -42,6 +46,14 @@ class CachedLM(ABC):
         for counts in (self.lengths, self.starts, self._pending):
             counts.extend([0] * missing)
         self._reserve(rows, length)
+
+    def enter(self, slot: int, source: Any) -> None:
+        """The row that joins in ``slot`` has ``source``, what an encoder reads; None for models without one.
+
+        ``copy`` takes it along, ``forget`` and ``restart`` keep it, ``free`` drops it.
+        """
+        if source is not None:
+            raise PromptError("this model has no encoder, and so no use for a source; make it part of the prompt")
 
     @torch.inference_mode()
     def append(

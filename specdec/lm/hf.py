@@ -28,6 +28,7 @@ from specdec.errors import FallbackWarning, ModelError
 from specdec.lm import probe
 from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
+from specdec.lm.encdec import EncoderDecoderLM
 from specdec.lm.rowwise import MECHANISMS, RowwiseLM
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (row, head, query, key) -> may it look there
@@ -177,8 +178,9 @@ def hf_lm(model: PreTrainedModel) -> CachedLM:
     """
     if model.get_output_embeddings() is None:
         raise _refused(model, "it has no language-model head. Load it with AutoModelForCausalLM")
-    ways: list[Callable[[], CachedLM]] = [lambda: HFLM(model)]
-    ways += [partial(RowwiseLM, model, mechanism) for mechanism in MECHANISMS]
+    encodes = model.config.is_encoder_decoder
+    ways: list[Callable[[], CachedLM]] = [] if encodes else [partial(HFLM, model)]
+    ways += [partial(EncoderDecoderLM if encodes else RowwiseLM, model, mechanism) for mechanism in MECHANISMS]
     refused: list[probe.Refused] = []
     for way in ways:
         try:
@@ -216,7 +218,7 @@ def _check_supported(model: PreTrainedModel) -> int:
     """Refuse what is known not to work; the number of layers of all others."""
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        raise _refused(model, "it is an encoder-decoder, and only decoder-only models can be")
+        raise _refused(model, "it is an encoder-decoder")
     if model.get_output_embeddings() is None:
         raise _refused(model, "it has no language-model head. Load it with AutoModelForCausalLM")
     if config._attn_implementation not in ATTENTION:

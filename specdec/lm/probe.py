@@ -130,7 +130,7 @@ def context_of(model: PreTrainedModel) -> int:
     With longrope one row past the length of the pretraining changes the rotary frequencies of the whole batch.
     """
     config = model.config.get_text_config(decoder=True)
-    limits = [getattr(config, "max_position_embeddings", None)]
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions")]
     settings = getattr(config, "rope_parameters", None) or {}
     for rope in [settings, *(part for part in settings.values() if isinstance(part, dict))]:  # or one per layer type
         if rope.get("rope_type") == "longrope":

@@ -69,8 +69,6 @@ class RowwiseLM(CachedLM):
         self.forward_seconds = 0.0
 
     def _admit(self) -> None:
-        if self.model.config.is_encoder_decoder:
-            raise probe.Refused(self.model, "it is an encoder-decoder", self.mechanism)
         probe.admit(self, self.model, lambda text, row: probe.plain_logits(self.model, text))
 
     def keep(self, counts: Any, *, first: int = 0) -> None:
@@ -116,7 +114,6 @@ class RowwiseLM(CachedLM):
     def _wipe(self, first: int, last: int) -> None:
         for row in self._rows[first:last]:
             row.clear()
-            row.source = None
 
     def _read_row(self, row: RowState, tokens: list[int], *, adopt: bool) -> Tensor:
         """Logits [T, V] of ``tokens`` behind all that the row has read; ``adopt``: they will all be kept."""
