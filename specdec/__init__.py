@@ -1,5 +1,6 @@
 """specdec makes text generation faster without changing the text: speculative decoding, batched and lossless."""
 
+from specdec import plugin
 from specdec.draft import Draft, Drafter
 from specdec.engine import Engine, Output, Piece
 from specdec.errors import (
@@ -36,4 +37,5 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "plugin",
 ]

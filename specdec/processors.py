@@ -24,8 +24,6 @@ from specdec.sampling import Filters
 
 # Those of transformers that remember calls; all its others are functions of their arguments.
 REMEMBERING = ("SynthIDTextWatermarkLogitsProcessor",)
-# Those of transformers that hold something of every row of the batch.
-BATCHED = ("EncoderRepetitionPenaltyLogitsProcessor", "EncoderNoRepeatNGramLogitsProcessor")
 # Those that do not read the text, so that a whole batch can go through them at once.
 TEXT_BLIND = (
     "TemperatureLogitsWarper",
@@ -112,10 +110,10 @@ class RowProcessors:
     def _apply(self, processors: list[Any], text: Tensor, logits: Tensor) -> Tensor:
         scores, index, batch = logits[None], *self._place
         for processor in processors:
-            if _from_transformers(processor) and not _from_transformers(processor, BATCHED):
-                scores = processor(text[None], scores)
-            else:  # it may look at its place in the batch, so it gets one
+            if _knows_its_place(processor, batch):
                 scores = processor(text.expand(batch, -1).clone(), scores.expand(batch, -1).clone())[index, None]
+            else:
+                scores = processor(text[None], scores)
         return scores[0]
 
 
@@ -141,6 +139,20 @@ class RowCriteria:
 
 def _remembers(processor: Any) -> bool:
     return not _from_transformers(processor) or _from_transformers(processor, REMEMBERING)
+
+
+def _knows_its_place(processor: Any, batch: int) -> bool:
+    """Whether it may treat the rows of a batch differently: it is the user's, or it holds something for each row."""
+    if batch == 1:
+        return False
+    held = getattr(processor, "__dict__", {}).values()
+    return not _from_transformers(processor) or any(
+        isinstance(value, Tensor | list) and _length(value) == batch for value in held
+    )
+
+
+def _length(value: Tensor | list[Any]) -> int:
+    return 0 if isinstance(value, Tensor) and value.dim() == 0 else len(value)
 
 
 def _from_transformers(part: Any, names: Sequence[str] | None = None) -> bool:

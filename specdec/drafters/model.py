@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,15 +73,27 @@ class ModelDrafter:
 
     def _read_new_tokens(self, sequences: Sequences, count: int) -> Tensor:
         """Read every row's unread text; logits [B, 1, W] of what follows it."""
-        texts = [row.tokens for row in sequences.rows]
+        texts = [self._readable(row.tokens, sequences.vocab_size) for row in sequences.rows]
         starts = [window_start(len(text) + count, self.lm.context) for text in texts]
         if self.lm.encodes:
             for slot, row in enumerate(sequences.rows):
                 if self.lm.lengths[slot] == 0:  # new, or forgotten
-                    self.lm.enter(slot, row.request.source)
+                    self.lm.enter(slot, _unencoded(row.request.source))
         catch_up(self.lm, texts, starts, _SLACK)
         unread = [text[start + self.lm.lengths[b] :] for b, (text, start) in enumerate(zip(texts, starts, strict=True))]
         self._count, self._unread = count, [len(tokens) for tokens in unread]
         width = max(self._unread)
         padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in unread], device=self.lm.device)
         return self.lm.append(padded, self._unread, last_only=True).unsqueeze(1)
+
+    def _readable(self, tokens: list[int], vocab_size: int) -> list[int]:
+        """Ids that pad the target's vocabulary beyond the draft's are unknown here; a wrong guess is all they cost."""
+        top = self.lm.vocab_size - 1
+        return tokens if vocab_size <= top + 1 else [min(token, top) for token in tokens]
+
+
+def _unencoded(source: Any) -> Any:
+    """The source without what the target's encoder has made of it, if there is anything else to read."""
+    if not isinstance(source, Mapping) or source.keys() <= {"encoder_outputs", "attention_mask"}:
+        return source
+    return {name: value for name, value in source.items() if name != "encoder_outputs"}
