@@ -30,7 +30,7 @@ LAYERS = [
     ["load"],
     ["generate", "plugin"],
     [""],  # specdec itself, the public names
-    ["bench", "picture"],
+    ["bench", "picture", "lm_eval"],
     ["demo"],
     ["cli"],
 ]
