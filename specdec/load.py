@@ -119,17 +119,23 @@ def load_gpt(directory: Path, config: LlamaConfig, dtype: torch.dtype | None = N
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise ``ModelError`` naming the first weight that holds NaN or infinity."""
+    """Raise ``ModelError`` naming the first weight that holds NaN or infinity.
+
+    Weights that are elsewhere (offloaded) or whose type cannot be asked (quantized) are left to the probe.
+    """
     for name, tensor in model.named_parameters():
-        if (
-            tensor.is_floating_point()
-            and not torch.isfinite(tensor.detach().sum(dtype=torch.float32))
-            and not bool(torch.isfinite(tensor.detach()).all())
-        ):
+        if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor.detach()):
             raise ModelError(
                 f"weight {name!r} holds NaN or infinity; expected finite numbers. "
                 "The checkpoint is broken or was converted to a dtype too narrow for it: load another one"
             )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    try:
+        return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+    except NotImplementedError:  # by a tensor of another library
+        return True
 
 
 def find_tokenizer(model: object) -> PreTrainedTokenizerBase | None:

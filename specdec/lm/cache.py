@@ -14,7 +14,7 @@ class RaggedCache:
     """Buffers [rows, heads, capacity, head size] per layer, and the view of them that one forward pass uses.
 
     Shapes: B rows of the pass, T new tokens, G heads, D head size, L length of the longest live row. Layers appear
-    with their first ``update``, so any model may use the cache without describing itself.
+    with their first ``update``, so any model may use the cache without describing itself; each lives where its keys do.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class RaggedCache:
         self.reserve(self.last, self.live)
         starts = torch.tensor(lengths, device=self.device).unsqueeze(1)
         self.positions = starts + torch.arange(new_tokens, device=self.device)
-        self._slots: dict[int, Tensor] = {}
+        self._slots: dict[tuple[int, torch.device], Tensor] = {}
         self._bias: Tensor | None = None
 
     @property
@@ -60,7 +60,7 @@ class RaggedCache:
         stored = self.layers[layer]
         for buffer, new in zip(stored, (keys, values), strict=True):
             heads, size = new.shape[1], new.shape[3]
-            buffer.view(-1, size).index_copy_(0, self._slots_of(heads), new.reshape(-1, size).to(buffer.dtype))
+            buffer.view(-1, size).index_copy_(0, self._slots_of(heads, new.device), new.reshape(-1, size).to(buffer.dtype))
         return (
             stored[0][self.first : self.last, :, : self.live],
             stored[1][self.first : self.last, :, : self.live],
@@ -79,13 +79,13 @@ class RaggedCache:
             for buffer in pair:
                 buffer[first:last].zero_()
 
-    def _slots_of(self, heads: int) -> Tensor:
+    def _slots_of(self, heads: int, device: torch.device) -> Tensor:
         """Flat places of the new tokens in a buffer with ``heads`` heads, [B * G * T]; shared by equal layers."""
-        if heads not in self._slots:
+        if (heads, device) not in self._slots:
             rows = torch.arange(self.first, self.last, device=self.device).view(-1, 1, 1)
             bases = (rows * heads + torch.arange(heads, device=self.device).view(1, -1, 1)) * self.capacity
-            self._slots[heads] = (bases + self.positions.unsqueeze(1)).reshape(-1)
-        return self._slots[heads]
+            self._slots[heads, device] = (bases + self.positions.unsqueeze(1)).reshape(-1).to(device)
+        return self._slots[heads, device]
 
     def _new(self, like: Tensor) -> Tensor:
         shape = (self.rows, like.shape[1], self.capacity, like.shape[3])

@@ -92,7 +92,7 @@ class EncoderDecoderLM(RowwiseLM):
             given = self._inputs(self._rows[row], text[None], 0)
             with probe.evaluating(self.model):
                 logits: Tensor = self.model(**given, use_cache=False, return_dict=True).logits
-            return logits[0]
+            return logits[0].to(text.device)
 
         probe.admit(self, self.model, plain)
 

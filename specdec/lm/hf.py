@@ -49,7 +49,7 @@ class HFLM(CachedLM):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._layers = _check_supported(model)
-        super().__init__(probe.logits_width(model), probe.context_of(model), model.device, model.dtype)
+        super().__init__(probe.logits_width(model), probe.context_of(model), probe.device_of(model), model.dtype)
         self.model = model
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -84,7 +84,7 @@ class HFLM(CachedLM):
         try:
             with probe.evaluating(self.model):
                 logits: Tensor = self.model(input_ids=tokens, return_dict=True, **given).logits
-            return logits
+            return logits.to(self.device)
         finally:
             _running.reset(token)
 

@@ -100,9 +100,11 @@ def plain_logits(model: PreTrainedModel, text: Tensor) -> Tensor:
     if "position_ids" in inspect.signature(model.forward).parameters:
         given["position_ids"] = torch.arange(len(text), device=text.device)[None]
     inputs = model.prepare_inputs_for_generation(tokens, attention_mask=mask, **given)
+    if inputs.get("logits_to_keep"):
+        inputs["logits_to_keep"] = 0  # all of them
     with evaluating(model):
         logits: Tensor = model(**inputs, return_dict=True).logits
-    return logits[0]
+    return logits[0].to(text.device)
 
 
 @contextmanager
@@ -116,6 +118,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its tokens, also when its layers are spread over devices or offloaded."""
+    places = getattr(model, "hf_device_map", None)
+    if not places:
+        return model.device
+    embeddings = model.get_input_embeddings()
+    if not embeddings.weight.is_meta:
+        return embeddings.weight.device
+    running = [place for place in places.values() if place not in ("cpu", "disk")]
+    return torch.device(running[0] if running else "cpu")
 
 
 def logits_width(model: PreTrainedModel) -> int:

@@ -58,7 +58,7 @@ class RowwiseLM(CachedLM):
     """
 
     def __init__(self, model: PreTrainedModel, mechanism: str = "row by row") -> None:
-        super().__init__(probe.logits_width(model), probe.context_of(model), model.device, model.dtype)
+        super().__init__(probe.logits_width(model), probe.context_of(model), probe.device_of(model), model.dtype)
         assert mechanism in MECHANISMS, mechanism
         self.model, self.mechanism = model, mechanism
         self.cached, self.single = mechanism != "whole rows", mechanism == "token by token"
