@@ -10,6 +10,7 @@ from typing import Annotated
 import transformers
 import typer
 from rich.console import Console
+from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from specdec import __version__
@@ -174,6 +175,43 @@ def train(
     from specdec.training.trainer import train as run
 
     run(load_recipe(recipe), out or recipe.with_suffix(""), resume=not fresh)
+
+
+@app.command()
+def distill(
+    target: Target,
+    out: Annotated[Path, typer.Option(help="Directory for the draft; --draft of generate and bench takes it.")],
+    draft_shape: Annotated[str, typer.Option(help="wide, small or tiny; wide begins as some layers of the target.")] = (
+        "small"
+    ),
+    data: Annotated[
+        str, typer.Option(help="'stdlib', or a text file or folder like what you will generate.")
+    ] = "stdlib",
+    loss: Annotated[
+        str, typer.Option(help="lk_hybrid, lk, tv, forward_kl, reverse_kl, or cross_entropy (no teacher).")
+    ] = "lk_hybrid",
+    on_policy: Annotated[float, typer.Option(help="Share of the budget spent on text that the target writes.")] = 0.5,
+    max_seconds: Annotated[float, typer.Option(help="Stop after this long; 0 is no limit.")] = 600.0,
+    max_tokens: Annotated[int, typer.Option(help="Stop after learning from so many tokens; 0 is no limit.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Train a draft for a target that exists, any Hugging Face causal LM; the best draft so far is kept in OUT.
+
+    Example: specdec distill ./target --out ./draft --draft-shape small --data ./my-code
+    """
+    from specdec.distill import DistillSettings, distill_checkpoint
+
+    settings = DistillSettings(
+        shape=draft_shape, loss=loss, on_policy=on_policy, max_seconds=max_seconds, max_tokens=max_tokens
+    )
+    report = distill_checkpoint(target, out, data, settings, dtype=dtype, device=device)
+    table = Table("tokens", "accepted length, greedy", "T=1", "acceptance", title=f"{out}")
+    for i, e in enumerate(report.evaluations):
+        style = "bold green" if i == report.best else None
+        figures = (f"{e.greedy_length:.2f}", f"{e.sampled_length:.2f}", f"{e.alpha:.1%}")
+        table.add_row(f"{e.tokens:,}", *figures, style=style)
+    Console().print(table)
 
 
 def _bench_prompts(tokenizer: PreTrainedTokenizerBase | None, file: Path | None, count: int) -> list[list[int]]:

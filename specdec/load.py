@@ -89,6 +89,18 @@ def load_lm(model: ModelLike, *, dtype: torch.dtype | None = None, device: torch
     raise _no_model(found)
 
 
+def load_model(
+    name: str | Path, *, dtype: str = "auto", device: str = "auto"
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A checkpoint's model, without a cache, and its tokenizer; arguments and errors are those of ``load``."""
+    model = _load_model(_directory(str(name)), _dtype(dtype)).to(_device(device))
+    check_finite(model)
+    tokenizer = find_tokenizer(name)
+    if tokenizer is None:
+        raise CheckpointError(f"{name} has no tokenizer next to its weights; save it there (tokenizer.json)")
+    return model, tokenizer
+
+
 def _no_model(given: object) -> ConfigError:
     return ConfigError(
         "a model must be a path, a hub id, a transformers PreTrainedModel, a specdec GPT or a CachedLM, "
