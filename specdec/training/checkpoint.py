@@ -29,12 +29,18 @@ KEEP = 2  # the newest may turn out damaged
 
 @dataclass(frozen=True)
 class Meta:
-    """The numbers of a checkpoint. ``identity`` says of which recipe and text; ``seconds`` were spent training."""
+    """The numbers of a checkpoint.
+
+    ``identity`` says of which recipe and text, ``tokenizer`` is the sha256 of the tokenizer made of them; ``seconds``
+    were spent training, and ``skipped`` batches were passed over because their loss was not finite.
+    """
 
     identity: str
     step: int
     seconds: float
     dtype: str
+    tokenizer: str = ""
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,26 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write ``checkpoint`` below ``folder`` and drop all but the newest ``KEEP``; its path."""
+    """Write ``checkpoint`` below ``folder`` and drop all but the newest ``KEEP``; its path.
+
+    Raises CheckpointError when the disk does not take it; those before are untouched then.
+    """
 
     def write(target: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in checkpoint.state.items()}, target / STATE)
         (target / META).write_text(json.dumps(vars(checkpoint.meta), indent=1))
 
     path = folder / f"step-{checkpoint.meta.step:08d}"
-    write_folder(path, write)
-    for old in _steps(folder)[KEEP:]:
+    if _is_intact(path):  # of the same run and step: replacing it could only lose it
+        return path
+    try:
+        write_folder(path, write)
+    except (OSError, SafetensorError) as error:
+        left = next((f"; {old} is intact" for old in _steps(folder) if _is_intact(old)), "")
+        raise CheckpointError(
+            f"checkpoint {path} could not be written: {error}{left}; free some space, or choose another folder"
+        ) from error
+    for old in (*_steps(folder)[KEEP:], *folder.glob(".step-*")):
         shutil.rmtree(old)
     return path
 
@@ -80,7 +97,7 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
 
 def clear_checkpoints(folder: Path) -> None:
     """Remove the checkpoints below ``folder``, and ``folder`` when nothing else is in it."""
-    for path in (*_steps(folder), *folder.glob(".step-*.partial")):
+    for path in (*_steps(folder), *folder.glob(".step-*")):
         shutil.rmtree(path)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
@@ -101,23 +118,37 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a new folder, flush it with its manifest, and put it at ``path`` in one rename."""
+    """Let ``write`` fill a new folder, flush it with its manifest, and put it at ``path`` in one rename.
+
+    A folder that is there already stays until the new one is complete.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write(temporary)
-    files = sorted(file for file in temporary.iterdir() if file.is_file())
+    try:
+        temporary.mkdir()
+        write(temporary)
+        _seal(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(temporary, path)
+    _flush(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _seal(folder: Path) -> None:
+    """Flush every file to disk, then write and flush the manifest: it exists only once all it lists does."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
     manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     for file in files:
         _flush(file)
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _flush(temporary / MANIFEST)
-    _flush(temporary)
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(temporary, path)
-    _flush(path.parent)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _flush(folder / MANIFEST)
+    _flush(folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,6 +171,14 @@ def verify_folder(path: Path) -> None:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        verify_folder(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _sha256(file: Path) -> str:
@@ -188,7 +227,13 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Continue from what ``random_state`` returned."""
+    """Continue from what ``random_state`` returned. Raises CheckpointError when ``device``'s generator is not in it."""
+    needed = ["random.cpu", *(["random.cuda"] if device.type == "cuda" else [])]
+    if missing := [name for name in needed if name not in state]:
+        raise CheckpointError(
+            f"the checkpoint has no state of {', '.join(missing)}, without which dropout would not go on as it would "
+            "have; continue on the kind of device that wrote it, or start over with resume=False (--fresh)"
+        )
     torch.set_rng_state(state["random.cpu"].cpu())
-    if device.type == "cuda" and "random.cuda" in state:
+    if device.type == "cuda":
         torch.cuda.set_rng_state(state["random.cuda"].cpu(), device)

@@ -30,11 +30,11 @@ class Interrupt:
         self._restore()
 
     def end_program(self) -> None:
-        """Raise what the received signal would have raised: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
+        """Raise KeyboardInterrupt after Ctrl-C and SystemExit(0) after SIGTERM: whoever asked got what they wanted."""
         if self.received is signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:
-            raise SystemExit(128 + self.received)
+            raise SystemExit(0)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)

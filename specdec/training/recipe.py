@@ -21,6 +21,7 @@ from specdec.errors import ConfigError
 
 Section = TypeVar("Section", "DataRecipe", "TokenizerRecipe", "ShapeRecipe", "TrainRecipe")
 Value = TypeVar("Value", int, float, bool, str)
+_LATER = {"train": ("max_skipped_batches",)}
 _KINDS: dict[type, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -98,7 +99,8 @@ class TrainRecipe:
     """Budget, batches and optimiser. At least one of ``max_steps`` and ``max_seconds`` is positive; 0 is no limit.
 
     ``max_seconds`` counts from the start of the run, tokenizer included. Only a run limited by steps alone is
-    reproducible bit by bit; one limited by time trains as far as the machine gets.
+    reproducible bit by bit; one limited by time trains as far as the machine gets. ``max_skipped_batches`` with a loss
+    that is not finite are passed over, the next one ends the run.
     """
 
     max_steps: Annotated[int, Allowed(low=0)] = 0
@@ -113,6 +115,7 @@ class TrainRecipe:
     clip: Annotated[float, Allowed(low=0.0)] = 1.0
     distillation: Annotated[float, Allowed(low=0.0, high=1.0)] = 0.9
     precision: Annotated[str, Allowed(choices=("auto", "float32", "bfloat16"))] = "auto"
+    max_skipped_batches: Annotated[int, Allowed(low=0)] = 0
     checkpoint_seconds: Annotated[float, Allowed(low=0.0)] = 120.0
     seed: Annotated[int, Allowed(low=0)] = 0
 
@@ -129,8 +132,16 @@ class Recipe:
     train: TrainRecipe
 
     def fingerprint(self) -> str:
-        """sha256 of every setting: two recipes with the same one train the same pair."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """sha256 of every setting that decides the weights: two recipes with the same one train the same pair.
+
+        Settings that came later count once they are set, so that pairs and checkpoints of before stay known.
+        """
+        settings = asdict(self)
+        for table, later in _LATER.items():
+            for entry in fields(type(getattr(self, table))):
+                if entry.name in later and settings[table][entry.name] == entry.default:
+                    del settings[table][entry.name]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(name: str | Path) -> Recipe:

@@ -6,6 +6,7 @@ a moving teacher, which costs little because both end their schedules together.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -55,6 +56,7 @@ class TrainReport:
     device: str
     dtype: str
     versions: dict[str, str]
+    skipped: int = 0
 
 
 def train(recipe: Recipe, out: Path, *, progress: bool = True, resume: bool = True) -> TrainReport:
@@ -98,7 +100,8 @@ class Run:
         self.tokenizer = data.train_tokenizer(corpus.training, recipe.tokenizer.vocab_size, context)
         self.training = self._encode(corpus.training)
         self.held_out = self._encode(corpus.held_out)
-        self.step, self.start, self.steps_here = 0, start, 0
+        self.step, self.start, self.steps_here, self.skipped = 0, start, 0, 0
+        self.tokenizer_hash = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         torch.manual_seed(self.settings.seed)
         self._build(_DTYPES.get(self.settings.precision) or fast_dtype(self.device))
 
@@ -143,16 +146,22 @@ class Run:
                 speed = self.steps_here * batch_tokens / (now - begin)
                 bar.update(self.progress, losses=losses, tokens_per_second=speed, seconds=self.seconds)
                 due = self.settings.checkpoint_seconds and now - saved >= self.settings.checkpoint_seconds
-                if interrupt.received or due:
-                    path, saved = self.save(folder), now
                 if interrupt.received:
+                    path = self.save(folder)
                     bar.say(f"stopped at step {self.step}; run the same command again to continue from {path}")
                     interrupt.end_program()
-        if self.settings.checkpoint_seconds:
-            self.save(folder)  # so that whatever happens while the models are measured costs no training
+                if due:
+                    saved = now
+                    self.save_if_possible(folder, bar)
+        if self.settings.checkpoint_seconds:  # whatever happens while the models are measured then costs no training
+            self.save_if_possible(folder, bar)
 
     def train_step(self, progress: float) -> tuple[float, float]:
-        """One update of both models at ``progress`` of the schedule; their losses. Raises ModelError, unchanged."""
+        """One update of both models at ``progress`` of the schedule; their losses.
+
+        A loss or gradient that is not finite changes no weight: its batch is skipped as often as the recipe allows, and
+        is a ModelError from then on.
+        """
         settings = self.settings
         shape = {"rows": settings.rows, "length": settings.sequence_length}
         tokens = data.batch(self.training, seed=settings.seed, step=self.step, **shape).to(self.device)
@@ -161,10 +170,8 @@ class Run:
         norms = [optimizer.gather_gradients() for optimizer, _ in self.optimizers]
         losses = (target_loss.item(), draft_loss.item())
         if not all(map(math.isfinite, (*losses, *map(float, norms)))):
-            raise ModelError(
-                f"training diverged at step {self.step}: losses {losses[0]} (target) and {losses[1]} (draft), gradient "
-                f"norms {float(norms[0])} and {float(norms[1])}; lower the learning rates of the recipe"
-            )
+            self._skip(losses, norms)
+            return losses
         factor = schedule(progress, warmup=settings.warmup, final=settings.final_learning_rate)
         for (optimizer, rate), norm in zip(self.optimizers, norms, strict=True):
             optimizer.step(rate * factor, norm, settings.clip)
@@ -172,12 +179,35 @@ class Run:
         self.steps_here += 1
         return losses
 
+    def _skip(self, losses: tuple[float, float], norms: list[Tensor]) -> None:
+        """Count a batch that is not learned from; ModelError when the recipe allows no more of them."""
+        for optimizer, _ in self.optimizers:
+            optimizer.adamw.zero_grad()
+        allowed = self.settings.max_skipped_batches
+        if self.skipped >= allowed:
+            raise ModelError(
+                f"training diverged at step {self.step}: losses {losses[0]} (target) and {losses[1]} (draft), gradient "
+                f"norms {float(norms[0])} and {float(norms[1])}, after {self.skipped} such batches of the {allowed} that "
+                "train.max_skipped_batches allows; no weight was changed. Lower the learning rates of the recipe"
+            )
+        self.skipped += 1
+        self.step += 1
+        self.steps_here += 1
+
+    def save_if_possible(self, folder: Path, bar: TrainingProgress) -> None:
+        """Write a checkpoint; a disk that does not take it is said, and costs no more than that."""
+        try:
+            self.save(folder)
+        except CheckpointError as error:
+            bar.say(f"{error}; training goes on")
+
     def save(self, folder: Path) -> Path:
         """Write a checkpoint; its path."""
         state = files.random_state(self.device)
         for name, (optimizer, _) in zip(("target", "draft"), self.optimizers, strict=True):
             state |= {f"{name}.{key}": tensor for key, tensor in optimizer.state().items()}
-        meta = files.Meta(self.identity, self.step, self.seconds, str(self.dtype).removeprefix("torch."))
+        dtype = str(self.dtype).removeprefix("torch.")
+        meta = files.Meta(self.identity, self.step, self.seconds, dtype, self.tokenizer_hash, self.skipped)
         return files.save_checkpoint(folder, files.Checkpoint(meta, state))
 
     def resume(self, folder: Path, bar: TrainingProgress) -> None:
@@ -186,13 +216,19 @@ class Run:
         if checkpoint is None:
             return
         _check_identity(checkpoint.meta.identity, self.identity, folder.parent)
+        if checkpoint.meta.tokenizer != self.tokenizer_hash:
+            raise CheckpointError(
+                f"the checkpoints in {folder} were trained with another tokenizer than the one this version of the "
+                "tokenizers package makes of the same text; install the version in use then, or train with "
+                "resume=False (--fresh)"
+            )
         if _DTYPES[checkpoint.meta.dtype] != self.dtype:
             self._build(_DTYPES[checkpoint.meta.dtype])
         for name, (optimizer, _) in zip(("target", "draft"), self.optimizers, strict=True):
             own = {key: tensor for key, tensor in checkpoint.state.items() if key.startswith(f"{name}.")}
             optimizer.load({key.removeprefix(f"{name}."): tensor for key, tensor in own.items()})
         files.set_random_state(checkpoint.state, self.device)
-        self.step = checkpoint.meta.step
+        self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
         self.start -= checkpoint.meta.seconds
         bar.say(f"continuing from step {self.step} in {folder}")
 
@@ -220,6 +256,7 @@ class Run:
             device=self.device.type,
             dtype=str(self.dtype).removeprefix("torch."),
             versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+            skipped=self.skipped,
         )
         files.write_text(out / REPORT, json.dumps(asdict(report), indent=1) + "\n")
         return report

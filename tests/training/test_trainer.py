@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from toy_recipe import with_training
 
 from specdec.errors import CheckpointError, ConfigError, ModelError
+from specdec.nn.gpt import GPT
 from specdec.training import data, trainer
 from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
+from specdec.training.progress import TrainingProgress
 from specdec.training.recipe import Recipe
 from specdec.training.trainer import Run, train
 
@@ -63,11 +66,13 @@ def test_an_interrupted_run_continues_bit_by_bit(
     """With dropout, so the random state counts too."""
     recipe = with_training(toy_recipe, precision=precision)
     train(recipe, tmp_path / "whole", progress=False)
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(error):
-        stop_after(monkeypatch, 3, number)
-        train(recipe, tmp_path / "parts", progress=False)
-    assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-00000003"]
-    torch.manual_seed(123)  # another process would start with another random state
+    for step in (3, 5):  # twice in a row: what is restored must itself be saved again
+        with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(error) as stopped:
+            stop_after(monkeypatch, step, number)
+            train(recipe, tmp_path / "parts", progress=False)
+        assert error is KeyboardInterrupt or stopped.value.code == 0
+        assert (tmp_path / "parts" / "checkpoints" / f"step-{step:08d}").is_dir()
+        torch.manual_seed(123)  # another process would start with another random state
     report = train(recipe, tmp_path / "parts", progress=False)
     assert report.steps == 6
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
@@ -123,6 +128,73 @@ def test_a_loss_that_is_not_finite_changes_no_weight(toy_recipe: Recipe, which: 
     assert run.step == 1
     for (optimizer, _), old in zip(run.optimizers, before, strict=True):
         assert all(torch.equal(weight, old[name]) for name, weight in optimizer.state().items())
+
+
+def test_batches_that_are_not_finite_are_skipped_counted_and_capped(
+    tmp_path: Path, toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = trainer.pair_losses
+
+    def poisoned(target: GPT, draft: GPT, tokens: torch.Tensor, **settings: float) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = original(target, draft, tokens, **settings)
+        broken = any(torch.equal(tokens, bad) for bad in batches)
+        return (losses[0] * (float("nan") if broken else 1.0), losses[1])
+
+    run = new_run(toy_recipe)
+    shape = {"rows": 2, "length": 16, "seed": 0}
+    batches = [data.batch(run.training, step=step, **shape) for step in (1, 4)]
+    monkeypatch.setattr(trainer, "pair_losses", poisoned)
+    report = train(with_training(toy_recipe, max_skipped_batches=2), tmp_path / "two", progress=False)
+    assert (report.steps, report.skipped) == (6, 2)
+    assert all(bool(torch.isfinite(weight).all()) for weight in weights(tmp_path / "two").values())
+    with pytest.raises(ModelError, match="step 4: .*after 1 such batches of the 1 that train.max_skipped_batches"):
+        train(with_training(toy_recipe, max_skipped_batches=1), tmp_path / "one", progress=False)
+
+
+def test_the_count_of_skipped_batches_is_continued(toy_recipe: Recipe, tmp_path: Path) -> None:
+    run = new_run(with_training(toy_recipe, max_skipped_batches=3))
+    run.skipped = 2
+    run.save(tmp_path)
+    again = new_run(with_training(toy_recipe, max_skipped_batches=3))
+    with TrainingProgress("", visible=False) as bar:
+        again.resume(tmp_path, bar)
+    assert again.skipped == 2
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(toy_recipe: Recipe, tmp_path: Path) -> None:
+    run = new_run(toy_recipe)
+    run.tokenizer_hash = "another"
+    run.save(tmp_path)
+    with (
+        TrainingProgress("", visible=False) as bar,
+        pytest.raises(CheckpointError, match="trained with another tokenizer"),
+    ):
+        new_run(toy_recipe).resume(tmp_path, bar)
+
+
+def test_a_full_disk_costs_no_training(
+    tmp_path: Path, toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    train(toy_recipe, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("specdec.training.checkpoint._seal", full)
+        run = new_run(with_training(toy_recipe, checkpoint_seconds=1e-9))
+        with TrainingProgress("", visible=True) as bar:
+            run.loop(tmp_path / "full" / "checkpoints", bar)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "No space left on device" in said and "training goes on" in said
+    assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
+    run.finish(tmp_path / "full")
+    assert_same_weights(tmp_path / "whole", tmp_path / "full")
+
+
+def test_two_runs_of_one_seed_have_the_same_bits(tmp_path: Path, toy_recipe: Recipe) -> None:
+    for name in ("first", "second"):
+        train(toy_recipe, tmp_path / name, progress=False)
+    assert_same_weights(tmp_path / "first", tmp_path / "second")
 
 
 def test_time_limits_the_run_and_the_schedule(tmp_path: Path, toy_recipe: Recipe) -> None:

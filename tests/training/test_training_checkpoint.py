@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import random
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +24,10 @@ from specdec.training.checkpoint import (
     Checkpoint,
     Meta,
     load_checkpoint,
+    random_state,
     save_checkpoint,
     save_pretrained,
+    set_random_state,
     verify_folder,
     write_folder,
 )
@@ -80,6 +88,74 @@ def test_an_interrupted_write_leaves_the_old_folder(tmp_path: Path) -> None:
         write_folder(tmp_path / "model", fail)
     verify_folder(tmp_path / "model")
     assert (tmp_path / "model" / "weights").read_text() == "old"
+
+
+def test_a_folder_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        write_folder(tmp_path / "model", lambda folder, text=text: (folder / "weights").write_text(text) and None)
+    verify_folder(tmp_path / "model")
+    assert (tmp_path / "model" / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and kill -9")
+def test_kill_minus_nine_at_any_moment_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """Fifty saving processes end where they stand; each goes on from what the one before left."""
+    delays, moments = random.Random(0), set()
+    write(tmp_path, 0)
+    for _ in range(50):
+        first = load(tmp_path)[0]
+        assert first is not None
+        if (child := os.fork()) == 0:
+            for step in range(first + 1, first + 10_000):
+                write(tmp_path, step)
+            os._exit(1)  # it was to be killed
+        time.sleep(delays.uniform(0.001, 0.12))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        step, warnings = load(tmp_path)
+        assert step is not None and step >= first and warnings == []
+        moments.add(tuple(sorted(path.name.split("-")[0] for path in tmp_path.iterdir())))
+    assert step > 5  # they did save
+    assert len(moments) > 1  # and were not all killed at the same moment
+
+
+@pytest.mark.parametrize("where", ["weights", "manifest"])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A real limit on the size of files, or the error of a full disk when the last file is written."""
+    resource = pytest.importorskip("resource")
+    write(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = Path.write_text
+
+    def full(path: Path, *arguments: Any, **options: Any) -> int:
+        if path.name == MANIFEST:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, *arguments, **options)
+
+    try:
+        if where == "weights":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        else:
+            monkeypatch.setattr(Path, "write_text", full)
+        with pytest.raises(CheckpointError, match="step-00000002 could not be written: .*step-00000001 is intact"):
+            write(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.undo()
+    assert load(tmp_path) == (1, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]  # the room of the other is free again
+    write(tmp_path, 2)
+    assert load(tmp_path) == (2, [])
+
+
+def test_a_missing_random_state_is_an_error() -> None:
+    state = random_state(torch.device("cpu"))
+    set_random_state(state, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="no state of random.cpu.*--fresh"):
+        set_random_state({}, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="no state of random.cuda"):
+        set_random_state(state, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("which", ["target", "draft"])
