@@ -60,7 +60,9 @@ class RaggedCache:
         stored = self.layers[layer]
         for buffer, new in zip(stored, (keys, values), strict=True):
             heads, size = new.shape[1], new.shape[3]
-            buffer.view(-1, size).index_copy_(0, self._slots_of(heads, new.device), new.reshape(-1, size).to(buffer.dtype))
+            buffer.view(-1, size).index_copy_(
+                0, self._slots_of(heads, new.device), new.reshape(-1, size).to(buffer.dtype)
+            )
         return (
             stored[0][self.first : self.last, :, : self.live],
             stored[1][self.first : self.last, :, : self.live],

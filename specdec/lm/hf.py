@@ -269,7 +269,7 @@ def _hidden_window(lm: HFLM) -> str | None:
         return None  # says itself which layers have one, and those ask for such masks
     zero = torch.zeros((), dtype=torch.long, device=lm.device)
     for name, window in config.to_dict().items():
-        if name.endswith(("window", "window_size", "attention_chunk_size")) and type(window) is int:
+        if name.endswith(probe.WINDOWS) and type(window) is int:
             seen = [bool(mask(zero, zero, zero + window, zero)) for mask in lm.mask_functions]
             if 0 < window < lm.context and all(seen):
                 return f"{name} of {window}"

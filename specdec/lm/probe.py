@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from specdec.errors import ModelError
 from specdec.lm.base import CachedLM
 
+WINDOWS = ("window", "window_size", "attention_chunk_size")  # how configs name the tokens that a layer looks back on
 UNBOUNDED = 1 << 20  # context of a model whose configuration names none
 
 # Tokens that each of two rows keeps of each pass of the probe. The first pass is padded, the others read wrong tokens
@@ -35,10 +36,12 @@ Plain = Callable[[Tensor, int], Tensor]  # logits [T, V] of the text [T] of row 
 Check = Callable[[Tensor, Tensor, float], str | None]  # more to ask after the last pass: its tokens, logits, the limit
 
 
-def admit(lm: CachedLM, model: PreTrainedModel, plain: Plain, check: Check | None = None) -> None:
-    """Raise ``ModelError`` unless the probe finds ``lm`` to give the logits of ``plain``.
+def admit(
+    lm: CachedLM, model: PreTrainedModel, plain: Plain, check: Check | None = None, prefixes: Sequence[int] = (0,)
+) -> None:
+    """Raise ``Refused`` unless the probe finds ``lm`` to give the logits of ``plain``, after prefixes of these lengths.
 
-    Run once per class, configuration, library version and mechanism. The rows must be new; what they read stays.
+    Run once per class, configuration, library version and mechanism. The rows must be empty; what they read stays.
     """
     settings = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     attention = model.config.get_text_config(decoder=True)._attn_implementation
@@ -46,7 +49,10 @@ def admit(lm: CachedLM, model: PreTrainedModel, plain: Plain, check: Check | Non
     if key in _exact:
         return
     try:
-        reason = _difference(lm, model, plain, check)
+        reason = None
+        for prefix in prefixes:
+            reason = reason or _difference(lm, model, plain, check, prefix)
+        reason = reason or _outside_state(model, plain, lm.device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model's code raises on our passes is the reason to refuse it
@@ -68,14 +74,17 @@ class Refused(ModelError):
 
 
 @torch.inference_mode()
-def _difference(lm: CachedLM, model: PreTrainedModel, plain: Plain, check: Check | None) -> str | None:
+def _difference(lm: CachedLM, model: PreTrainedModel, plain: Plain, check: Check | None, prefix: int) -> str | None:
     """How two rows in passes of ``lm`` differ from each of them alone and without a cache; None when they do not."""
-    texts = random_tokens(model, 2, sum(kept[0] for kept in KEPT), seed=0).to(lm.device)
+    texts = random_tokens(model, 2, prefix + sum(kept[0] for kept in KEPT), seed=0).to(lm.device)
     expected = torch.stack([plain(text, row).float() for row, text in enumerate(texts)])
     if expected.shape[1:] != (texts.shape[1], lm.vocab_size):
         return f"its logits are {list(expected.shape[1:])} where {[texts.shape[1], lm.vocab_size]} was expected"
     limit = tolerance(lm) * float((expected - expected.mean(-1, keepdim=True)).square().mean().sqrt())
     lm.reserve(2, texts.shape[1])
+    for slot in (0, 1) if prefix else ():
+        lm.restart(slot, 0)
+        lm.fill([texts[slot, :prefix].tolist()], first=slot)
     for turn, kept in enumerate(KEPT):
         tokens = random_tokens(model, 2, _WIDTH, seed=1 + turn).to(lm.device)
         for row, count in enumerate(kept):
@@ -90,6 +99,38 @@ def _difference(lm: CachedLM, model: PreTrainedModel, plain: Plain, check: Check
                 )
         lm.keep(kept if turn < len(KEPT) - 1 else (0, 0))
     return check(tokens, logits, limit) if check is not None else None
+
+
+@torch.inference_mode()
+def _outside_state(model: PreTrainedModel, plain: Plain, device: torch.device) -> str | None:
+    """The reason to refuse a model that remembers what it has read in its modules, where rows cannot be told apart."""
+    if not _module_tensors(model):
+        return None
+    found = []
+    for seed in (0, 1):
+        plain(random_tokens(model, 1, _WIDTH, seed=seed)[0].to(device), 0)
+        found.append({name: tensor.clone() for name, tensor in _module_tensors(model).items()})
+    for name, tensor in found[0].items():
+        if name in found[1] and not torch.equal(tensor, found[1][name]):
+            return f"it keeps what it has read in {name} and not in a cache, so that rows could not be told apart"
+    return None
+
+
+def _module_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors that modules have as attributes or buffers, weights aside."""
+    found = {}
+    for name, module in model.named_modules():
+        for attribute, value in {**vars(module), **module._buffers}.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_meta:
+                found[f"{name}.{attribute}"] = value
+    return found
+
+
+def windows(model: PreTrainedModel, most: int = 4096) -> list[int]:
+    """Windows and chunks that the config names, as far as a probe can reach beyond them."""
+    config = model.config.get_text_config(decoder=True)
+    found = {value for name, value in config.to_dict().items() if name.endswith(WINDOWS) and type(value) is int}
+    return sorted(value for value in found if 0 < value <= min(most, context_of(model) - 20))
 
 
 def plain_logits(model: PreTrainedModel, text: Tensor) -> Tensor:

@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.generation.utils import GenerationMixin
 
 from specdec.lm import probe
 from specdec.lm.base import FILL_TOKENS, CachedLM
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # what models call it
 MECHANISMS = ("row by row", "token by token", "whole rows")
+_GENERATED = 8  # tokens that the model's own ``generate`` is asked for
 MOST_BEHIND = 16  # tokens that passes read again and again before the snapshot reads them once and for all
 
 
@@ -69,7 +71,27 @@ class RowwiseLM(CachedLM):
         self.forward_seconds = 0.0
 
     def _admit(self) -> None:
-        probe.admit(self, self.model, lambda text, row: probe.plain_logits(self.model, text))
+        prefixes = [0, *(place for window in probe.windows(self.model) for place in (max(window - 3, 1), window + 5))]
+        check = None if self.cached else self._as_generate
+        probe.admit(self, self.model, lambda text, row: probe.plain_logits(self.model, text), check, prefixes)
+
+    def _as_generate(self, tokens: Tensor, logits: Tensor, limit: float) -> str | None:
+        """The reason to refuse to read whole rows of a model whose own ``generate``, with its cache, says otherwise."""
+        text = self._rows[0].text
+        settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=_GENERATED)
+        with probe.evaluating(self.model):
+            whole = GenerationMixin.generate(
+                self.model, torch.tensor([text], device=self.device), generation_config=settings
+            )
+        theirs, ours = whole[0].tolist(), list(text)
+        for _ in range(_GENERATED):
+            found, _ = self._run(self._rows[0], None, ours, 0)
+            ours.append(int(found[-1].argmax()))
+        return (
+            None
+            if ours[: len(theirs)] == theirs
+            else "transformers' generate, with the model's own cache, says something else"
+        )
 
     def keep(self, counts: Any, *, first: int = 0) -> None:
         super().keep(counts, first=first)

@@ -202,9 +202,26 @@ class CachesWrongly(LlamaForCausalLM):
     """Exact as long as no cache is used."""
 
     def forward(self, input_ids: Tensor, past_key_values: Any = None, **given: Any) -> Any:
-        if past_key_values is not None:
+        if past_key_values is not None and past_key_values.get_seq_length():
             input_ids = (input_ids + 1) % 61
         return super().forward(input_ids, past_key_values=past_key_values, **given)
+
+
+class HasNoCache(LlamaForCausalLM):
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, **given: Any) -> Any:
+        return super().forward(input_ids, use_cache=False)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **given: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids}
+
+
+class RemembersByItself(LlamaForCausalLM):
+    """Keeps what it has read in a module."""
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        output = super().forward(input_ids, **given)
+        self.latest = output.logits[:, -1]
+        return output
 
 
 class SeesTheFuture(LlamaForCausalLM):
@@ -214,11 +231,24 @@ class SeesTheFuture(LlamaForCausalLM):
         return output
 
 
-def test_a_model_whose_cache_is_wrong_is_read_whole() -> None:
+def test_a_model_without_a_cache_is_read_whole() -> None:
     torch.manual_seed(0)
-    model = CachesWrongly(LlamaConfig(**SHAPE)).eval()
+    model = HasNoCache(LlamaConfig(**SHAPE)).eval()
     with pytest.warns(FallbackWarning, match="whole rows"):
         assert hf_lm(model).mechanism == "whole rows"
+
+
+def test_a_model_that_generates_otherwise_than_it_reads_is_refused() -> None:
+    torch.manual_seed(0)
+    model = CachesWrongly(LlamaConfig(**SHAPE)).eval()
+    with pytest.raises(ModelError, match="whole rows: transformers' generate.*says something else"):
+        hf_lm(model)
+
+
+def test_a_model_that_keeps_rows_in_its_modules_is_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="keeps what it has read in .latest and not in a cache"):
+        hf_lm(RemembersByItself(LlamaConfig(**SHAPE)).eval())
 
 
 def test_a_model_that_no_way_runs_exactly_is_refused_with_every_reason() -> None:
