@@ -7,8 +7,9 @@ user already has, so a first run needs no download.
 from __future__ import annotations
 
 import hashlib
+import json
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,16 +55,30 @@ class Corpus:
         return digest.hexdigest()
 
 
-def gather(source: str, path: Path | None = None) -> Corpus:
-    """The corpus of ``source``: "stdlib", or "path" (a text file, or a folder of them). Raises ConfigError."""
+def gather(
+    source: str,
+    path: Path | None = None,
+    *,
+    text_key: str = "text",
+    name: str = "",
+    subset: str = "",
+    split: str = "train",
+) -> Corpus:
+    """The corpus of ``source``; raises ConfigError.
+
+    "stdlib", "path" (a file, or a folder of them; every line of a .jsonl file is a document, under ``text_key``), or
+    "datasets" (the dataset ``name``, ``subset``, ``split`` of the Hugging Face hub, rows under ``text_key``).
+    """
     if source == "stdlib":
         documents = _stdlib()
     elif source == "path":
         if path is None or not path.exists():
             raise ConfigError(f"data.path must be an existing file or folder, got {str(path)!r}")
-        documents = _folder(path)
+        documents = _folder(path, text_key)
+    elif source == "datasets":
+        documents = _dataset(name, subset, split, text_key)
     else:
-        raise ConfigError(f"data.source must be 'stdlib' or 'path', got {source!r}")
+        raise ConfigError(f"data.source must be 'stdlib' or 'path' or 'datasets', got {source!r}")
     size = sum(len(document.text) for document in documents)
     if size < MIN_CHARACTERS:
         raise ConfigError(
@@ -80,25 +95,67 @@ def _stdlib() -> list[Document]:
     return _read(root, kept)
 
 
-def _folder(path: Path) -> list[Document]:
+def _folder(path: Path, text_key: str) -> list[Document]:
     if path.is_file():
-        return _read(path.parent, [path])
+        return _read(path.parent, [path], text_key)
     files = (file for file in path.rglob("*") if file.is_file())
-    return _read(path, (file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts)))
+    shown = (file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts))
+    return _read(path, shown, text_key)
 
 
-def _read(root: Path, files: Iterable[Path]) -> list[Document]:
+def _read(root: Path, files: Iterable[Path], text_key: str = "text") -> list[Document]:
     """Documents of the files that are UTF-8 text, ordered by their path below ``root``."""
-    documents = []
+    documents: list[Document] = []
     for file in files:
         content = file.read_bytes()
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError:
             continue  # the corpus is defined as the files that are UTF-8
-        if text.strip() and "\0" not in text:
-            documents.append(Document(file.relative_to(root).as_posix(), text.replace("\r\n", "\n")))
+        name = file.relative_to(root).as_posix()
+        if file.suffix == ".jsonl":
+            documents += _json_lines(name, text, text_key)
+        elif text.strip() and "\0" not in text:
+            documents.append(Document(name, text.replace("\r\n", "\n")))
     return sorted(documents, key=lambda document: document.name)
+
+
+def _json_lines(name: str, text: str, text_key: str) -> Iterator[Document]:
+    """A document per line of a JSONL file; empty texts and lines are left out."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{name}, line {number} is not JSON: {error}") from error
+        written = _text(row, text_key, f"{name}, line {number}")
+        if written.strip():
+            yield Document(f"{name}#{number:09d}", written)
+
+
+def _text(row: object, text_key: str, where: str) -> str:
+    found = row.get(text_key) if isinstance(row, dict) else None
+    if not isinstance(found, str):
+        keys = ", ".join(map(repr, row)) if isinstance(row, dict) else f"no object but {type(row).__name__}"
+        raise ConfigError(f"{where} has no text under {text_key!r}; it has {keys}; say which with data.text_key")
+    return found
+
+
+def _dataset(name: str, subset: str, split: str, text_key: str) -> list[Document]:
+    """The rows of a dataset of the Hugging Face hub, or of a local folder that the package datasets understands."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ConfigError(
+            "data.source = 'datasets' needs the package datasets: pip install datasets; or point data.path at a folder"
+        ) from error
+    try:
+        rows = load_dataset(name, subset or None, split=split)
+    except Exception as error:  # whatever the hub, the network or the dataset's builder may raise
+        raise ConfigError(f"data.name = {name!r}, split {split!r} cannot be loaded: {error}") from error
+    texts = ((i, _text(row, text_key, f"{name}, row {i}")) for i, row in enumerate(rows))
+    return [Document(f"{name}#{i:09d}", text) for i, text in texts if text.strip()]
 
 
 def _split(documents: list[Document]) -> Corpus:

@@ -1,6 +1,7 @@
 """A recipe: everything that decides a trained target/draft pair, read from one TOML file and checked.
 
-Unknown keys, wrong types and values out of range are errors that name the file, the key and what is allowed.
+Unknown keys, wrong types and values out of range are errors that name the file, the line, the key and what is allowed.
+``base = "demo"`` starts from a packaged recipe; what the file says itself goes before it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -21,7 +23,7 @@ from specdec.errors import ConfigError
 
 Section = TypeVar("Section", "DataRecipe", "TokenizerRecipe", "ShapeRecipe", "TrainRecipe")
 Value = TypeVar("Value", int, float, bool, str)
-_LATER = {"train": ("max_skipped_batches",)}
+_LATER = {"data": ("text_key", "name", "subset", "split"), "train": ("max_skipped_batches",)}
 _KINDS: dict[type, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -48,10 +50,19 @@ class Allowed:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Where the text comes from; ``path`` belongs to source = "path" and is relative to the recipe's folder."""
+    """Where the text comes from; see ``data.gather``.
 
-    source: Annotated[str, Allowed(choices=("stdlib", "path"))] = "stdlib"
+    source = "stdlib": the standard library's source code. source = "path": the file or folder ``path``, relative to the
+    recipe's; lines of JSONL files are documents, their text under ``text_key``. source = "datasets": the hub's dataset
+    ``name`` with its ``subset`` and ``split``, through the optional package datasets.
+    """
+
+    source: Annotated[str, Allowed(choices=("stdlib", "path", "datasets"))] = "stdlib"
     path: str = ""
+    text_key: str = "text"
+    name: str = ""
+    subset: str = ""
+    split: str = "train"
 
 
 @dataclass(frozen=True)
@@ -144,62 +155,109 @@ class Recipe:
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """The file that errors name, and its text, in which they find the line."""
+
+    name: str
+    text: str
+
+    def at(self, table: str, key: str = "") -> str:
+        """ "FILE, line N: table.key" of a key, of a table's head without ``key``; without the line if it is not there."""
+        line, dotted = self._line(table, key), ".".join(filter(None, (table, key)))
+        return f"{self.name}{f', line {line}' if line else ''}: {dotted}"
+
+    def _line(self, table: str, key: str) -> int | None:
+        inside = ""
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if head := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
+                inside = head[1]
+                if inside == table and not key:
+                    return number
+            elif inside == table and key and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
+                return number
+            elif not inside and re.match(rf"\s*{re.escape(table)}\s*[.=]", line) and key in line:
+                return number  # table = { key = ... } or table.key = ...
+        return None
+
+
 def load_recipe(name: str | Path) -> Recipe:
     """The recipe in a TOML file, or the packaged one of that name ("demo"). Raises ConfigError."""
     path = Path(name)
     if path.is_file():
         return parse_recipe(path.read_text(encoding="utf-8"), str(path), folder=path.parent)
+    return parse_recipe(_packaged(str(name), "there is no recipe"), f"{name}.toml")
+
+
+def _packaged(name: str, problem: str) -> str:
     packaged = resources.files("specdec") / "recipes"
     names = sorted(entry.name.removesuffix(".toml") for entry in packaged.iterdir() if entry.name.endswith(".toml"))
-    if str(name) in names:
-        return parse_recipe((packaged / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml")
-    raise ConfigError(f"there is no recipe {str(name)!r}: give a TOML file, or one of {', '.join(names)}")
+    if name not in names:
+        raise ConfigError(f"{problem} {name!r}: give a TOML file, or one of {', '.join(names)}")
+    return (packaged / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def parse_recipe(text: str, origin: str, *, folder: Path | None = None) -> Recipe:
     """The recipe written in ``text``; ``origin`` is the file that errors name, ``folder`` what paths start from."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{origin} is not valid TOML: {error}") from error
-    _check_keys(document, {entry.name for entry in fields(Recipe)}, origin, "")
+    source = _Origin(origin, text)
+    document = _document(source)
+    _check_keys(document, {entry.name for entry in fields(Recipe)}, source, "")
+    name = _value(document.get("name", Path(origin).stem), str, source.at("name"))
     recipe = Recipe(
-        name=_value(document.get("name", Path(origin).stem), str, f"{origin}: name"),
-        data=_section(DataRecipe, document, "data", origin),
-        tokenizer=_section(TokenizerRecipe, document, "tokenizer", origin),
-        target=_section(ShapeRecipe, document, "target", origin),
-        draft=_section(ShapeRecipe, document, "draft", origin),
-        train=_section(TrainRecipe, document, "train", origin),
+        name=name,
+        data=_section(DataRecipe, document, "data", source),
+        tokenizer=_section(TokenizerRecipe, document, "tokenizer", source),
+        target=_section(ShapeRecipe, document, "target", source),
+        draft=_section(ShapeRecipe, document, "draft", source),
+        train=_section(TrainRecipe, document, "train", source),
     )
-    _check_together(recipe, origin)
+    _check_together(recipe, source)
     if recipe.data.path and folder is not None:
         recipe = replace(recipe, data=replace(recipe.data, path=str((folder / recipe.data.path).resolve())))
     return recipe
 
 
-def _section(kind: type[Section], document: Mapping[str, object], name: str, origin: str) -> Section:
+def _document(source: _Origin) -> dict[str, object]:
+    """The tables of a file, laid over those of the recipe that it names as its base."""
+    try:
+        document: dict[str, object] = tomllib.loads(source.text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source.name} is not valid TOML: {error}") from error
+    if "base" not in document:
+        return document
+    base = _value(document.pop("base"), str, source.at("base"))
+    result: dict[str, object] = tomllib.loads(_packaged(base, f"{source.at('base')}: there is no packaged recipe"))
+    del result["name"]  # this is another recipe
+    for name, value in document.items():
+        below = result.get(name)
+        result[name] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _section(kind: type[Section], document: Mapping[str, object], name: str, source: _Origin) -> Section:
     table = document.get(name, {})
     if not isinstance(table, dict):
-        raise ConfigError(f"{origin}: {name} must be a table, [{name}], got {table!r}")
+        raise ConfigError(f"{source.at(name)} must be a table, [{name}], got {table!r}")
     hints = get_type_hints(kind, include_extras=True)
-    _check_keys(table, set(hints), origin, f"{name}.")
+    _check_keys(table, set(hints), source, name)
     values: dict[str, object] = {}
     for entry in fields(kind):
         hint = hints[entry.name]
         value_type, *allowed = get_args(hint) or (hint,)
         if entry.name in table:
-            where = f"{origin}: {name}.{entry.name}"
+            where = source.at(name, entry.name)
             values[entry.name] = _value(table[entry.name], value_type, where)
             (allowed[0] if allowed else Allowed()).check(values[entry.name], where)
         elif entry.default is MISSING:
-            raise ConfigError(f"{origin}: {name}.{entry.name} is missing; it is {_KINDS[value_type]}")
+            raise ConfigError(f"{source.at(name)}.{entry.name} is missing; it is {_KINDS[value_type]}")
     return kind(**values)  # type: ignore[arg-type]
 
 
-def _check_keys(table: Mapping[str, object], allowed: set[str], origin: str, prefix: str) -> None:
+def _check_keys(table: Mapping[str, object], allowed: set[str], source: _Origin, name: str) -> None:
     for key in table:
         if key not in allowed:
-            raise ConfigError(f"{origin}: unknown key {prefix}{key}; allowed are {', '.join(sorted(allowed))}")
+            where = source.at(name, key) if name else source.at(key)
+            raise ConfigError(f"{where.replace(': ', ': unknown key ', 1)}; allowed are {', '.join(sorted(allowed))}")
 
 
 def _value(given: object, kind: type[Value], where: str) -> Value:
@@ -210,25 +268,25 @@ def _value(given: object, kind: type[Value], where: str) -> Value:
     return given
 
 
-def _check_together(recipe: Recipe, origin: str) -> None:
+def _check_together(recipe: Recipe, source: _Origin) -> None:
     for name, shape in (("target", recipe.target), ("draft", recipe.draft)):
-        where = f"{origin}: {name}"
         if shape.hidden_size % (2 * shape.num_attention_heads):
             raise ConfigError(
-                f"{where}.hidden_size must be a multiple of twice num_attention_heads ({shape.num_attention_heads}), "
-                f"got {shape.hidden_size}"
+                f"{source.at(name, 'hidden_size')} must be a multiple of twice num_attention_heads "
+                f"({shape.num_attention_heads}), got {shape.hidden_size}"
             )
         if shape.num_attention_heads % shape.num_key_value_heads:
             raise ConfigError(
-                f"{where}.num_key_value_heads must divide num_attention_heads ({shape.num_attention_heads}), "
-                f"got {shape.num_key_value_heads}"
+                f"{source.at(name, 'num_key_value_heads')} must divide num_attention_heads "
+                f"({shape.num_attention_heads}), got {shape.num_key_value_heads}"
             )
         if recipe.train.sequence_length > shape.max_position_embeddings:
             raise ConfigError(
-                f"{origin}: train.sequence_length must be <= {name}.max_position_embeddings "
+                f"{source.at('train', 'sequence_length')} must be <= {name}.max_position_embeddings "
                 f"({shape.max_position_embeddings}), got {recipe.train.sequence_length}"
             )
     if not recipe.train.max_steps and not recipe.train.max_seconds:
-        raise ConfigError(f"{origin}: one of train.max_steps and train.max_seconds must be > 0")
-    if (recipe.data.source == "path") != bool(recipe.data.path):
-        raise ConfigError(f"{origin}: data.path goes with data.source = 'path', and only with it")
+        raise ConfigError(f"{source.name}: one of train.max_steps and train.max_seconds must be > 0")
+    for key, kind in (("path", "path"), ("name", "datasets")):
+        if (recipe.data.source == kind) != bool(getattr(recipe.data, key)):
+            raise ConfigError(f"{source.at('data', key)} goes with data.source = '{kind}', and only with it")

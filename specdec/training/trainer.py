@@ -68,7 +68,8 @@ def train(recipe: Recipe, out: Path, *, progress: bool = True, resume: bool = Tr
     """
     start = time.monotonic()
     with TrainingProgress(f"training {recipe.name}", visible=progress) as bar:
-        corpus = data.gather(recipe.data.source, Path(recipe.data.path) if recipe.data.path else None)
+        source = asdict(recipe.data)
+        corpus = data.gather(source.pop("source"), Path(path) if (path := source.pop("path")) else None, **source)
         identity = f"{recipe.fingerprint()[:32]}-{corpus.fingerprint()[:32]}"
         _check_folder(out)
         if not resume:

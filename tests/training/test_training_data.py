@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -106,10 +107,44 @@ def test_only_text_is_read_from_a_folder(tmp_path: Path) -> None:
     assert len(corpus.held_out) == 1
 
 
+def test_lines_of_jsonl_are_documents(tmp_path: Path) -> None:
+    rows = [{"body": f"document {i}\nsays {'more ' * 100}", "id": i} for i in range(60)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n" + json.dumps({"body": " "}))
+    corpus = data.gather("path", file, text_key="body")
+    documents = sorted((*corpus.training, *corpus.held_out), key=lambda document: document.name)
+    assert [document.text for document in documents] == [row["body"] for row in rows]
+    assert documents[0].name == "rows.jsonl#000000001" and 0 < len(corpus.held_out) < 15
+    assert data.gather("path", tmp_path, text_key="body") == corpus  # a folder of such files too
+    with pytest.raises(ConfigError, match="rows.jsonl, line 1 has no text under 'text'; it has 'body', 'id'"):
+        data.gather("path", file)
+    file.write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(ConfigError, match="rows.jsonl, line 2 is not JSON"):
+        data.gather("path", file)
+
+
+def test_a_dataset_is_read_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "set").mkdir()
+    rows = [{"words": f"row {i} " + "word " * 100} for i in range(40)]
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = data.gather("datasets", name=str(tmp_path / "set"), text_key="words")
+    assert len(corpus.training) + len(corpus.held_out) == 40
+    with pytest.raises(ConfigError, match="data.name = '.*nowhere', split 'train' cannot be loaded"):
+        data.gather("datasets", name=str(tmp_path / "nowhere"))
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match="pip install datasets"):
+        data.gather("datasets", name="wikitext")
+
+
 def test_missing_and_tiny_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be an existing file or folder"):
         data.gather("path", tmp_path / "nothing")
     with pytest.raises(ConfigError, match="at least 10000 are needed"):
         data.gather("path", tmp_path)
-    with pytest.raises(ConfigError, match="must be 'stdlib' or 'path'"):
+    with pytest.raises(ConfigError, match="must be 'stdlib' or 'path' or 'datasets'"):
         data.gather("web")
