@@ -85,15 +85,14 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "num_attention_groups": 2,
     "is_decoder": True,
+    "tie_word_embeddings": False,  # tied ones make random models repeat a token
     "first_k_dense_replace": 1,
     "vocab_size_per_layer_input": 61,
     "hidden_size_per_layer_input": 8,
     "num_kv_shared_layers": 0,
     "lru_width": 32,
     "rotary_dim": 4,
-    "hidden_act": None,
 }
-SIZES = {name: value for name, value in SIZES.items() if name != "hidden_act"}
 # What single classes need besides, by the field's name.
 SPECIAL: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"attn_layer_indices": [1]},
@@ -107,8 +106,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "ReformerModelWithLMHead": {"axial_pos_embds": False, "attn_layers": ["local", "local"]},
-    "xLSTMForCausalLM": {"num_heads": 2, "chunk_size": 8},
-    "BltForCausalLM": {},
+    "xLSTMForCausalLM": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
+    "ZambaForCausalLM": {"layers_block_type": ["mamba", "hybrid"]},
+    "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"]},
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }
 
 
@@ -120,6 +121,7 @@ class Result:
     outcome: str
     mechanism: str = ""
     reason: str = ""
+    variety: int = 0  # different tokens in the texts that were compared
 
 
 def tiny_config(kind: type[PreTrainedConfig], special: dict[str, Any]) -> PreTrainedConfig:
@@ -235,7 +237,7 @@ def _examine(name: str) -> Result:
                 for f, e in zip(found, expected, strict=True)
             ]
             return Result(name, "wrong", mechanism, f"first differences at {at} with {type(drafter).__name__}")
-    return Result(name, "equal", mechanism, why)
+    return Result(name, "equal", mechanism, why, len(set().union(*expected)))
 
 
 def mechanism_and_reason(model: PreTrainedModel) -> tuple[str, str]:
@@ -258,7 +260,14 @@ def sweep(names: list[str], jobs: int) -> list[Result]:
     results = []
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=20) as pool:
         for result in pool.imap(examine, names):
-            print(result.outcome.ljust(10), result.name.ljust(40), result.mechanism, result.reason, flush=True)
+            print(
+                result.outcome.ljust(10),
+                result.name.ljust(40),
+                result.mechanism,
+                result.variety,
+                result.reason,
+                flush=True,
+            )
             results.append(result)
     return results
 
