@@ -170,11 +170,14 @@ def train(
     """Train a target and its draft together; Ctrl-C saves a checkpoint and the same command goes on from it.
 
     Example: specdec train models/tiny.toml
+
+    On several GPUs: accelerate launch -m specdec train models/stdlib-large.toml
     """
+    from specdec.load import accepted_length
     from specdec.training.recipe import load_recipe
     from specdec.training.trainer import train as run
 
-    run(load_recipe(recipe), out or recipe.with_suffix(""), resume=not fresh)
+    run(load_recipe(recipe), out or recipe.with_suffix(""), resume=not fresh, decode=accepted_length)
 
 
 @app.command()

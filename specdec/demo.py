@@ -15,7 +15,7 @@ from rich.text import Text
 from specdec import bench
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
-from specdec.load import load
+from specdec.load import accepted_length, load
 from specdec.picture import draw
 from specdec.text import TextStream
 from specdec.training.data import gather, held_out_prompts
@@ -53,7 +53,7 @@ def demo_pair(console: Console | None = None) -> Path:
         return pair
     console.print("[bold]1. Training[/] a target and a draft GPT together on the standard library's source")
     console.print(f"   into {pair} (minutes, once; Ctrl-C saves a checkpoint and the next run goes on from it)")
-    train(recipe, pair)
+    train(recipe, pair, decode=accepted_length)
     return pair
 
 

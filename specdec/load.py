@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,16 @@ def load_model(
     if tokenizer is None:
         raise CheckpointError(f"{name} has no tokenizer next to its weights; save it there (tokenizer.json)")
     return model, tokenizer
+
+
+def accepted_length(target: GPT, draft: GPT, prompts: list[list[int]], new_tokens: int) -> float:
+    """Tokens per target pass when ``draft`` speculates for ``target``: a greedy decode of all prompts as one batch."""
+    device = target.embed_tokens.weight.device
+    if draft.embed_tokens.weight.device != device:
+        draft = copy.deepcopy(draft).to(device)
+    engine = Engine(NativeLM(target), ModelDrafter(NativeLM(draft)))
+    output = engine.generate(prompts, max_new_tokens=new_tokens, eos_token_id=None, max_batch_size=len(prompts))
+    return output.stats.mean_acceptance_length
 
 
 def _no_model(given: object) -> ConfigError:

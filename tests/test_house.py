@@ -33,6 +33,7 @@ LAYERS = [
     ["bench", "picture", "lm_eval", "distill"],
     ["demo"],
     ["cli"],
+    ["__main__"],
 ]
 MAX_LINES = 400
 

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specdec.errors import ModelError
+from specdec.nn.documents import Documents
 
 STATIC_ROPE = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence length
 
@@ -48,10 +49,18 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.groups) * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None, documents: Documents | None
+    ) -> Tensor:
         rows, length, _ = x.shape
         heads = self.qkv_proj(x).view(rows, length, -1, self.head_dim)
-        rotated = rotate(heads[:, :, : self.heads + self.groups], *rope).transpose(1, 2)
+        rotated = rotate(heads[:, :, : self.heads + self.groups], *rope)
+        if documents is not None:
+            queries, keys = rotated.split([self.heads, self.groups], dim=2)
+            dropout = self.dropout if self.training else 0.0
+            mixed = documents.attend(queries, keys, heads[:, :, self.heads + self.groups :], dropout)
+            return self.o_proj(mixed.reshape(rows, length, -1))
+        rotated = rotated.transpose(1, 2)
         queries, keys = rotated[:, : self.heads], rotated[:, self.heads :]
         values = heads[:, :, self.heads + self.groups :].transpose(1, 2)
         if cache is None:
@@ -89,8 +98,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache))
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None, documents: Documents | None
+    ) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache, documents))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -112,16 +123,18 @@ class GPT(nn.Module):
         self.frequencies, self.rope_scale = rope_frequencies(config)
         self.apply(self._initialise)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
         """Hidden states after the last norm, [B, T, hidden], of tokens [B, T]. Without a cache: causal, from 0.
 
-        ``lm_head`` turns them into logits; callers choose the positions whose logits they need.
+        ``documents``, for training only: where several texts share a row. ``lm_head`` turns hidden states into logits;
+        callers choose the positions whose logits they need.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if cache is None else cache.positions
+        known = documents if cache is None else cache
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if known is None else known.positions
         x = self.dropout(self.embed_tokens(tokens))
         rope = self._rope(positions, x.dtype)
         for layer in self.layers:
-            x = layer(x, rope, cache)
+            x = layer(x, rope, cache, documents)
         return self.norm(x)
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

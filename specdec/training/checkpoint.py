@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -197,10 +196,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_pretrained(model: GPT, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+def save_pretrained(model: GPT, tokenizer: PreTrainedTokenizerFast, directory: Path, card: str = "") -> None:
     """Write ``model`` as a Hugging Face checkpoint that AutoModelForCausalLM, vLLM and llama.cpp load.
 
-    The folder also gets the tokenizer, ``generation_config.json`` with the end of text, and our manifest.
+    The folder also gets the tokenizer, ``generation_config.json`` with the end of text, the model card ``card`` as
+    README.md, and our manifest.
     """
 
     def write(target: Path) -> None:
@@ -214,26 +214,7 @@ def save_pretrained(model: GPT, tokenizer: PreTrainedTokenizerFast, directory: P
             target
         )
         tokenizer.save_pretrained(target)
+        if card:
+            (target / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(directory, write)
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """States of the random generators that dropout draws from."""
-    states = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["random.cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Continue from what ``random_state`` returned. Raises CheckpointError when ``device``'s generator is not in it."""
-    needed = ["random.cpu", *(["random.cuda"] if device.type == "cuda" else [])]
-    if missing := [name for name in needed if name not in state]:
-        raise CheckpointError(
-            f"the checkpoint has no state of {', '.join(missing)}, without which dropout would not go on as it would "
-            "have; continue on the kind of device that wrote it, or start over with resume=False (--fresh)"
-        )
-    torch.set_rng_state(state["random.cpu"].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["random.cuda"].cpu(), device)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, TypeVar, get_args, get_type_hints
+from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
 from transformers import LlamaConfig
 
@@ -23,7 +23,13 @@ from specdec.errors import ConfigError
 
 Section = TypeVar("Section", "DataRecipe", "TokenizerRecipe", "ShapeRecipe", "TrainRecipe")
 Value = TypeVar("Value", int, float, bool, str)
-_LATER = {"data": ("text_key", "name", "subset", "split"), "train": ("max_skipped_batches",)}
+_LATER = {
+    "data": ("text_key", "name", "subset", "split"),
+    "train": (
+        "decay", "accumulate", "separate_documents", "max_skipped_batches", "compile", "target_device", "draft_device"
+    ),
+}  # fmt: skip
+_WATCHING = ("evaluate_steps", "evaluate_seconds", "trackers")  # of [train]: they change no weight
 _KINDS: dict[type, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -37,8 +43,9 @@ class Allowed:
 
     def check(self, value: object, where: str) -> None:
         """Raise ConfigError that names ``where`` unless ``value`` is allowed."""
-        if isinstance(value, str) and self.choices and value not in self.choices:
-            raise ConfigError(f"{where} must be one of {', '.join(map(repr, self.choices))}, got {value!r}")
+        for given in value if isinstance(value, tuple) else (value,):
+            if isinstance(given, str) and self.choices and given not in self.choices:
+                raise ConfigError(f"{where} must be one of {', '.join(map(repr, self.choices))}, got {given!r}")
         if isinstance(value, int | float):
             if not math.isfinite(value):
                 raise ConfigError(f"{where} must be finite, got {value!r}")
@@ -110,8 +117,13 @@ class TrainRecipe:
     """Budget, batches and optimiser. At least one of ``max_steps`` and ``max_seconds`` is positive; 0 is no limit.
 
     ``max_seconds`` counts from the start of the run, tokenizer included. Only a run limited by steps alone is
-    reproducible bit by bit; one limited by time trains as far as the machine gets. ``max_skipped_batches`` with a loss
-    that is not finite are passed over, the next one ends the run.
+    reproducible bit by bit; one limited by time trains as far as the machine gets.
+
+    ``rows`` of ``sequence_length`` tokens make one update, whatever the number of processes; each process computes its
+    share in ``accumulate`` parts. The learning rate rises for the share ``warmup`` of the run and falls over the last
+    ``decay`` of it: 1 is a cosine, 0.2 is warm-up, stable, decay. ``separate_documents``: texts that share a row do not
+    see each other. ``max_skipped_batches`` with a loss that is not finite are passed over, the next one ends the run.
+    Evaluation comes every ``evaluate_steps`` or ``evaluate_seconds`` (0: at the end only) and changes no weight.
     """
 
     max_steps: Annotated[int, Allowed(low=0)] = 0
@@ -126,7 +138,16 @@ class TrainRecipe:
     clip: Annotated[float, Allowed(low=0.0)] = 1.0
     distillation: Annotated[float, Allowed(low=0.0, high=1.0)] = 0.9
     precision: Annotated[str, Allowed(choices=("auto", "float32", "bfloat16"))] = "auto"
+    decay: Annotated[float, Allowed(low=0.01, high=1.0)] = 1.0
+    accumulate: Annotated[int, Allowed(low=1)] = 1
+    separate_documents: bool = False
     max_skipped_batches: Annotated[int, Allowed(low=0)] = 0
+    compile: bool = False
+    target_device: str = "auto"
+    draft_device: str = "auto"
+    evaluate_steps: Annotated[int, Allowed(low=0)] = 0
+    evaluate_seconds: Annotated[float, Allowed(low=0.0)] = 0.0
+    trackers: Annotated[tuple[str, ...], Allowed(choices=("tensorboard",))] = ()
     checkpoint_seconds: Annotated[float, Allowed(low=0.0)] = 120.0
     seed: Annotated[int, Allowed(low=0)] = 0
 
@@ -148,6 +169,8 @@ class Recipe:
         Settings that came later count once they are set, so that pairs and checkpoints of before stay known.
         """
         settings = asdict(self)
+        for name in _WATCHING:
+            del settings["train"][name]
         for table, later in _LATER.items():
             for entry in fields(type(getattr(self, table))):
                 if entry.name in later and settings[table][entry.name] == entry.default:
@@ -263,7 +286,9 @@ def _check_keys(table: Mapping[str, object], allowed: set[str], source: _Origin,
 def _value(given: object, kind: type[Value], where: str) -> Value:
     if kind is float and type(given) is int:
         given = float(given)
-    if type(given) is not kind:  # type(), not isinstance: true is no integer
+    if isinstance(given, list) and all(isinstance(part, str) for part in given):
+        given = tuple(given)
+    if type(given) is not (get_origin(kind) or kind):  # type(), not isinstance: true is no integer
         raise ConfigError(f"{where} must be {_KINDS[kind]}, got {given!r}")
     return given
 

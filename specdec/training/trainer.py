@@ -12,12 +12,13 @@ import math
 import platform
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -26,61 +27,51 @@ from specdec.nn.gpt import GPT
 from specdec.training import checkpoint as files
 from specdec.training import data
 from specdec.training.interrupt import Interrupt
-from specdec.training.objective import agreement, pair_losses
+from specdec.training.journal import Journal
+from specdec.training.objective import Pair, agreement
 from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
+from specdec.training.parallel import Parallel
 from specdec.training.progress import TrainingProgress
 from specdec.training.recipe import Recipe, ShapeRecipe
+from specdec.training.report import CURVES, LOG, REPORT, TENSORBOARD, TrainReport, model_card, read_report
 
 EVALUATION_TOKENS = 8_192  # held-out tokens: a standard error of about 0.5 % on the agreement, in a few seconds
-REPORT = "report.json"
+DECODED_PROMPTS, DECODED_TOKENS = 8, 64  # of the real decode of an evaluation, context permitting
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What came out. Losses are nats per token on held-out text; see ``objective.Agreement`` for the agreement."""
-
-    recipe: str
-    identity: str
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    target_parameters: int
-    draft_parameters: int
-    target_loss: float
-    draft_loss: float
-    acceptance: float
-    top1: float
-    device: str
-    dtype: str
-    versions: dict[str, str]
-    skipped: int = 0
+Decode = Callable[[GPT, GPT, list[list[int]], int], float]
+"""(target, draft, prompts, new tokens per prompt) -> mean acceptance length of a real greedy decode."""
 
 
-def train(recipe: Recipe, out: Path, *, progress: bool = True, resume: bool = True) -> TrainReport:
-    """Train the pair of ``recipe`` into ``out``/target and ``out``/draft, and write ``out``/report.json.
+def train(
+    recipe: Recipe, out: Path, *, progress: bool = True, resume: bool = True, decode: Decode | None = None
+) -> TrainReport:
+    """Train the pair of ``recipe`` into ``out``/target and ``out``/draft; write report.json, log.jsonl and curves.png.
 
     An unfinished run is continued, a finished one is returned as it is; ``resume=False`` starts over. Ctrl-C and
-    SIGTERM save a checkpoint before they end the run. Raises ConfigError when ``out`` belongs to another recipe or
-    text, CheckpointError when its checkpoints are damaged, ModelError when a loss is not finite.
+    SIGTERM save a checkpoint before they end the run. ``decode`` is what evaluations measure accepted lengths with
+    (``load.accepted_length``). Raises ConfigError when ``out`` belongs to another recipe or text, CheckpointError when
+    its checkpoints are damaged, ModelError when a loss is not finite.
     """
     start = time.monotonic()
-    with TrainingProgress(f"training {recipe.name}", visible=progress) as bar:
+    parallel = Parallel(recipe.train, out)
+    with TrainingProgress(f"training {recipe.name}", visible=progress and parallel.main) as bar:
         source = asdict(recipe.data)
         corpus = data.gather(source.pop("source"), Path(path) if (path := source.pop("path")) else None, **source)
         identity = f"{recipe.fingerprint()[:32]}-{corpus.fingerprint()[:32]}"
-        _check_folder(out)
-        if not resume:
-            _clear(out)
-        if (finished := _finished(out, identity)) is not None:
+        parallel.once(lambda: _prepare(out, resume))
+        if (finished := parallel.once(lambda: _finished(out, identity))) is not None:
             return finished
-        run = Run(recipe, corpus, identity, start)
-        run.resume(out / "checkpoints", bar)
-        run.loop(out / "checkpoints", bar)
-        report = run.finish(out)
-        files.clear_checkpoints(out / "checkpoints")
+        run = Run(recipe, corpus, identity, start, parallel, out, decode)
+        run.resume(bar)
+        try:
+            run.loop(bar)
+            report = run.finish()
+        finally:
+            run.journal.close()
+            parallel.close()
+        parallel.once(lambda: files.clear_checkpoints(run.folder))
         bar.say(
             f"{out}: target {report.target_loss:.3f}, draft {report.draft_loss:.3f} nats/token on held-out text; "
             f"they agree on {report.top1:.1%} of the most probable tokens"
@@ -91,20 +82,22 @@ def train(recipe: Recipe, out: Path, *, progress: bool = True, resume: bool = Tr
 class Run:
     """One run's text, models, optimisers and clock."""
 
-    def __init__(self, recipe: Recipe, corpus: data.Corpus, identity: str, start: float) -> None:
+    def __init__(
+        self, recipe: Recipe, corpus: data.Corpus, identity: str, start: float, parallel: Parallel, out: Path,
+        decode: Decode | None = None,
+    ) -> None:  # fmt: skip
         self.recipe, self.settings, self.identity = recipe, recipe.train, identity
-        accelerator = Accelerator()
-        if accelerator.num_processes > 1:
-            raise ConfigError(f"training runs in one process, got {accelerator.num_processes}; start it with python")
-        self.device = accelerator.device
+        self.parallel, self.device, self.decode = parallel, parallel.device, decode
+        self.out, self.folder = out, out / "checkpoints"
         context = min(recipe.target.max_position_embeddings, recipe.draft.max_position_embeddings)
         self.tokenizer = data.train_tokenizer(corpus.training, recipe.tokenizer.vocab_size, context)
         self.training = self._encode(corpus.training)
         self.held_out = self._encode(corpus.held_out)
         self.step, self.start, self.steps_here, self.skipped = 0, start, 0, 0
         self.tokenizer_hash = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        torch.manual_seed(self.settings.seed)
-        self._build(_DTYPES.get(self.settings.precision) or fast_dtype(self.device))
+        self.journal = Journal(out, parallel.accelerator, writes=parallel.main)
+        asked = {"no": self.settings.precision, "bf16": "bfloat16"}.get(parallel.accelerator.mixed_precision, "auto")
+        self._build(_DTYPES.get(asked) or fast_dtype(self.device))
 
     def _encode(self, documents: tuple[data.Document, ...]) -> Tensor:
         tokens = data.encode(self.tokenizer, documents)
@@ -117,12 +110,23 @@ class Run:
 
     def _build(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        torch.manual_seed(self.settings.seed)
         self.target, self.draft = (_model(shape, self.tokenizer) for shape in (self.recipe.target, self.recipe.draft))
-        self.optimizers: list[tuple[MasterAdamW, float]] = []
+        for model, device in zip((self.target, self.draft), self.parallel.devices, strict=True):
+            model.to(device).train()
+            if self.settings.compile:
+                for layer in model.layers:
+                    layer.compile()
+        distillation, overlap = self.settings.distillation, self.parallel.overlap
+        pair = Pair(self.target, self.draft, distillation=distillation, overlap=overlap)
+        self.parallel.shard(pair, dtype)
+        decay = self.settings.weight_decay
         rates = (self.settings.target_learning_rate, self.settings.draft_learning_rate)
-        for model, rate in zip((self.target, self.draft), rates, strict=True):
-            model.to(self.device).train()
-            self.optimizers.append((MasterAdamW(model, dtype, weight_decay=self.settings.weight_decay), rate))
+        models = zip((self.target, self.draft), rates, strict=True)
+        self.optimizers = [(MasterAdamW(model, dtype, weight_decay=decay), rate) for model, rate in models]
+        self.pair = self.parallel.wrap(pair)
+        if self.parallel.rank:  # the same weights everywhere, and dropout of one's own
+            torch.manual_seed(self.settings.seed + self.parallel.rank)
 
     @property
     def seconds(self) -> float:
@@ -136,26 +140,38 @@ class Run:
         by_time = self.seconds / self.settings.max_seconds if self.settings.max_seconds else 0.0
         return min(max(by_steps, by_time), 1.0)
 
-    def loop(self, folder: Path, bar: TrainingProgress) -> None:
-        """Train until the budget is spent, with checkpoints below ``folder``."""
-        saved = begin = time.monotonic()
+    def loop(self, bar: TrainingProgress) -> None:
+        """Train until the budget is spent, with checkpoints and evaluations on the way."""
+        saved = evaluated = begin = time.monotonic()
         batch_tokens = self.settings.rows * self.settings.sequence_length
         with Interrupt() as interrupt:
-            while (progress := self.progress) < 1:
-                losses = self.train_step(progress)
+            while True:
                 now = time.monotonic()
-                speed = self.steps_here * batch_tokens / (now - begin)
-                bar.update(self.progress, losses=losses, tokens_per_second=speed, seconds=self.seconds)
-                due = self.settings.checkpoint_seconds and now - saved >= self.settings.checkpoint_seconds
-                if interrupt.received:
-                    path = self.save(folder)
+                progress, stop, save, evaluate = self.parallel.agree(
+                    self.progress,
+                    interrupt.received is not None,
+                    _due(self.settings.checkpoint_seconds, now - saved),
+                    _due(self.settings.evaluate_seconds, now - evaluated),
+                )
+                if stop:
+                    path = self.save()
                     bar.say(f"stopped at step {self.step}; run the same command again to continue from {path}")
                     interrupt.end_program()
-                if due:
-                    saved = now
-                    self.save_if_possible(folder, bar)
+                    raise SystemExit(0)  # the signal reached another process only
+                if save:
+                    self.save_if_possible(bar)
+                    saved = time.monotonic()
+                if progress >= 1:
+                    break
+                losses = self.train_step(progress)
+                every = self.settings.evaluate_steps
+                if evaluate or (every and self.step % every == 0):
+                    self.evaluate()
+                    evaluated = time.monotonic()
+                speed = self.steps_here * batch_tokens / (time.monotonic() - begin)
+                bar.update(self.progress, losses=losses, tokens_per_second=speed, seconds=self.seconds)
         if self.settings.checkpoint_seconds:  # whatever happens while the models are measured then costs no training
-            self.save_if_possible(folder, bar)
+            self.save_if_possible(bar)
 
     def train_step(self, progress: float) -> tuple[float, float]:
         """One update of both models at ``progress`` of the schedule; their losses.
@@ -164,26 +180,40 @@ class Run:
         is a ModelError from then on.
         """
         settings = self.settings
-        shape = {"rows": settings.rows, "length": settings.sequence_length}
-        tokens = data.batch(self.training, seed=settings.seed, step=self.step, **shape).to(self.device)
-        target_loss, draft_loss = pair_losses(self.target, self.draft, tokens, distillation=settings.distillation)
-        torch.autograd.backward([target_loss, draft_loss])
-        norms = [optimizer.gather_gradients() for optimizer, _ in self.optimizers]
-        losses = (target_loss.item(), draft_loss.item())
+        losses, norms = self._gradients()
         if not all(map(math.isfinite, (*losses, *map(float, norms)))):
             self._skip(losses, norms)
             return losses
-        factor = schedule(progress, warmup=settings.warmup, final=settings.final_learning_rate)
+        factor = schedule(progress, warmup=settings.warmup, final=settings.final_learning_rate, decay=settings.decay)
         for (optimizer, rate), norm in zip(self.optimizers, norms, strict=True):
             optimizer.step(rate * factor, norm, settings.clip)
         self.step += 1
         self.steps_here += 1
+        values = {"target_loss": losses[0], "draft_loss": losses[1], "rate": factor, "seconds": round(self.seconds, 2)}
+        self.journal.update(self.step, values)
         return losses
+
+    def _gradients(self) -> tuple[tuple[float, float], list[Tensor]]:
+        """Losses of this step's batch over all processes, and the norms of their gradients, gathered."""
+        settings = self.settings
+        tokens = data.batch(
+            self.training, rows=settings.rows, length=settings.sequence_length, seed=settings.seed, step=self.step
+        )
+        end = self.tokenizer.eos_token_id if settings.separate_documents else None
+        learned = tokens[:, :-1].numel() if end is None else int((tokens[:, :-1] != end).sum())
+        total = torch.zeros(2, device=self.device)
+        for part in self.parallel.parts(tokens, settings.accumulate):
+            losses = self.pair(part, end, learned / self.parallel.size)  # gradients are averaged over processes
+            losses.sum().backward()
+            total += losses.detach()
+            norms = [optimizer.gather_gradients() for optimizer, _ in self.optimizers]  # sums in float32
+        target, draft = self.parallel.mean(total).tolist()
+        return (target, draft), norms
 
     def _skip(self, losses: tuple[float, float], norms: list[Tensor]) -> None:
         """Count a batch that is not learned from; ModelError when the recipe allows no more of them."""
         for optimizer, _ in self.optimizers:
-            optimizer.adamw.zero_grad()
+            optimizer.forget_gradients()
         allowed = self.settings.max_skipped_batches
         if self.skipped >= allowed:
             raise ModelError(
@@ -195,55 +225,79 @@ class Run:
         self.step += 1
         self.steps_here += 1
 
-    def save_if_possible(self, folder: Path, bar: TrainingProgress) -> None:
+    def evaluate(self) -> dict[str, Any]:
+        """Measure both models as they are now; on the main process, while the others wait at their next step."""
+        target, draft = (optimizer.whole() for optimizer, _ in self.optimizers)
+        found = self._measure(target, draft) if self.parallel.main else {}
+        for model in (self.target, self.draft):
+            model.train()
+        return found
+
+    def _measure(self, target: GPT, draft: GPT) -> dict[str, Any]:
+        """Losses and agreement on held-out text, and the mean accepted length of a short decode; also logged."""
+        length = self.settings.sequence_length
+        windows = data.windows(self.held_out, length=length, limit=EVALUATION_TOKENS // length).to(self.device)
+        found = asdict(agreement(target, draft, windows)) | {"mean_acceptance_length": None}
+        if self.decode is not None:
+            context = min(model.config.max_position_embeddings for model in (target, draft))
+            size = min(DECODED_TOKENS, context // 4, length)
+            prompts = data.windows(self.held_out, length=size, limit=DECODED_PROMPTS)[:, :-1].tolist()
+            found["mean_acceptance_length"] = self.decode(target, draft, prompts, size)
+        self.journal.evaluation(self.step, found)
+        self.journal.flush()
+        return found
+
+    def save_if_possible(self, bar: TrainingProgress) -> None:
         """Write a checkpoint; a disk that does not take it is said, and costs no more than that."""
         try:
-            self.save(folder)
+            self.save()
         except CheckpointError as error:
             bar.say(f"{error}; training goes on")
 
-    def save(self, folder: Path) -> Path:
+    def save(self) -> Path:
         """Write a checkpoint; its path."""
-        state = files.random_state(self.device)
+        state = self.parallel.random_state()
         for name, (optimizer, _) in zip(("target", "draft"), self.optimizers, strict=True):
             state |= {f"{name}.{key}": tensor for key, tensor in optimizer.state().items()}
         dtype = str(self.dtype).removeprefix("torch.")
         meta = files.Meta(self.identity, self.step, self.seconds, dtype, self.tokenizer_hash, self.skipped)
-        return files.save_checkpoint(folder, files.Checkpoint(meta, state))
+        self.journal.flush()
+        return self.parallel.once(lambda: files.save_checkpoint(self.folder, files.Checkpoint(meta, state)))
 
-    def resume(self, folder: Path, bar: TrainingProgress) -> None:
-        """Continue from the newest intact checkpoint below ``folder``, if there is one."""
-        checkpoint = files.load_checkpoint(folder, bar.say)
-        if checkpoint is None:
-            return
-        _check_identity(checkpoint.meta.identity, self.identity, folder.parent)
-        if checkpoint.meta.tokenizer != self.tokenizer_hash:
+    def resume(self, bar: TrainingProgress) -> None:
+        """Continue from the newest intact checkpoint, if there is one, and open the log there."""
+        checkpoint = files.load_checkpoint(self.folder, bar.say)
+        if checkpoint is not None:
+            self._continue(checkpoint)
+            bar.say(f"continuing from step {self.step} in {self.folder}")
+        self.journal.begin(self.step)
+
+    def _continue(self, checkpoint: files.Checkpoint) -> None:
+        meta = checkpoint.meta
+        _check_identity(meta.identity, self.identity, self.out)
+        if meta.tokenizer != self.tokenizer_hash:
             raise CheckpointError(
-                f"the checkpoints in {folder} were trained with another tokenizer than the one this version of the "
-                "tokenizers package makes of the same text; install the version in use then, or train with "
+                f"the checkpoints in {self.folder} were trained with another tokenizer than the one this version of "
+                "the tokenizers package makes of the same text; install the version in use then, or train with "
                 "resume=False (--fresh)"
             )
-        if _DTYPES[checkpoint.meta.dtype] != self.dtype:
-            self._build(_DTYPES[checkpoint.meta.dtype])
+        if _DTYPES[meta.dtype] != self.dtype:
+            self._build(_DTYPES[meta.dtype])
         for name, (optimizer, _) in zip(("target", "draft"), self.optimizers, strict=True):
             own = {key: tensor for key, tensor in checkpoint.state.items() if key.startswith(f"{name}.")}
             optimizer.load({key.removeprefix(f"{name}."): tensor for key, tensor in own.items()})
-        files.set_random_state(checkpoint.state, self.device)
-        self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
-        self.start -= checkpoint.meta.seconds
-        bar.say(f"continuing from step {self.step} in {folder}")
+        self.parallel.set_random_state(checkpoint.state)
+        self.step, self.skipped = meta.step, meta.skipped
+        self.start -= meta.seconds
 
-    def finish(self, out: Path) -> TrainReport:
-        """Write both models in float32, measure them on held-out text, and write the report last."""
-        for optimizer, _ in self.optimizers:
-            optimizer.release()
+    def finish(self) -> TrainReport:
+        """Measure both models on held-out text in float32, write them with their cards, and the report last."""
         trained = self.seconds
-        files.save_pretrained(self.target, self.tokenizer, out / "target")
-        files.save_pretrained(self.draft, self.tokenizer, out / "draft")
-        length = self.settings.sequence_length
-        windows = data.windows(self.held_out, length=length, limit=EVALUATION_TOKENS // length).to(self.device)
-        measured = agreement(self.target, self.draft, windows)
-        tokens = self.step * self.settings.rows * length
+        target, draft = (optimizer.release() for optimizer, _ in self.optimizers)
+        return self.parallel.once(lambda: self._write(target, draft, trained))
+
+    def _write(self, target: GPT, draft: GPT, trained: float) -> TrainReport:
+        tokens = self.step * self.settings.rows * self.settings.sequence_length
         report = TrainReport(
             recipe=self.recipe.name,
             identity=self.identity,
@@ -251,16 +305,24 @@ class Run:
             tokens=tokens,
             seconds=round(trained, 2),
             tokens_per_second=round(tokens / trained, 1),
-            target_parameters=sum(weight.numel() for weight in self.target.parameters()),
-            draft_parameters=sum(weight.numel() for weight in self.draft.parameters()),
-            **asdict(measured),
+            target_parameters=sum(weight.numel() for weight in target.parameters()),
+            draft_parameters=sum(weight.numel() for weight in draft.parameters()),
+            **self._measure(target, draft),
             device=self.device.type,
             dtype=str(self.dtype).removeprefix("torch."),
             versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
             skipped=self.skipped,
+            processes=self.parallel.size,
+            sharded=self.parallel.sharded,
         )
-        files.write_text(out / REPORT, json.dumps(asdict(report), indent=1) + "\n")
+        for name, model in (("target", target), ("draft", draft)):
+            files.save_pretrained(model, self.tokenizer, self.out / name, model_card(name, self.recipe, report))
+        files.write_text(self.out / REPORT, json.dumps(asdict(report), indent=1) + "\n")
         return report
+
+
+def _due(every: float, passed: float) -> bool:
+    return every > 0 and passed >= every
 
 
 def _model(shape: ShapeRecipe, tokenizer: PreTrainedTokenizerFast) -> GPT:
@@ -274,13 +336,9 @@ def _model(shape: ShapeRecipe, tokenizer: PreTrainedTokenizerFast) -> GPT:
 
 def _finished(out: Path, identity: str) -> TrainReport | None:
     """The report of a finished run in ``out`` whose models are intact; None when there is no finished run."""
-    path = out / REPORT
-    if not path.exists():
+    if not (out / REPORT).exists():
         return None
-    try:
-        report = TrainReport(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; train with resume=False to start over") from error
+    report = read_report(out / REPORT)
     _check_identity(report.identity, identity, out)
     for name in ("target", "draft"):
         files.verify_folder(out / name)
@@ -295,16 +353,15 @@ def _check_identity(found: str, expected: str, out: Path) -> None:
         )
 
 
-def _check_folder(out: Path) -> None:
-    """Refuse to replace a folder that no run of ours wrote."""
+def _prepare(out: Path, resume: bool) -> None:
+    """Refuse to replace a folder that no run of ours wrote; without ``resume``, remove what an earlier run wrote."""
     for path in (out / "target", out / "draft"):
         if path.exists() and not (path / files.MANIFEST).exists():
             raise ConfigError(f"{path} exists and was not written by a training run; choose another output folder")
-
-
-def _clear(out: Path) -> None:
-    """Remove what an earlier run wrote into ``out``, and nothing else."""
-    (out / REPORT).unlink(missing_ok=True)
+    if resume:
+        return
+    for name in (REPORT, LOG, CURVES):
+        (out / name).unlink(missing_ok=True)
     files.clear_checkpoints(out / "checkpoints")
-    for name in ("target", "draft"):
+    for name in ("target", "draft", TENSORBOARD):
         shutil.rmtree(out / name, ignore_errors=True)

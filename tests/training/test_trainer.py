@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 from toy_recipe import with_training
 
 from specdec.errors import CheckpointError, ConfigError, ModelError
-from specdec.nn.gpt import GPT
 from specdec.training import data, trainer
+from specdec.training.objective import Pair
 from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
+from specdec.training.parallel import Parallel
 from specdec.training.progress import TrainingProgress
 from specdec.training.recipe import Recipe
 from specdec.training.trainer import Run, train
@@ -55,7 +57,8 @@ def test_training_learns_and_reports(tmp_path: Path, toy_recipe: Recipe) -> None
     assert 0.2 < report.top1 <= 1
     assert (report.steps, report.tokens) == (120, 120 * 2 * 16)
     assert json.loads((tmp_path / "long" / "report.json").read_text())["target_loss"] == report.target_loss
-    assert sorted(path.name for path in (tmp_path / "long").iterdir()) == ["draft", "report.json", "target"]
+    written = ["curves.png", "draft", "log.jsonl", "report.json", "target"]
+    assert sorted(path.name for path in (tmp_path / "long").iterdir()) == written
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
@@ -112,8 +115,9 @@ def test_folders_of_others_are_left_alone(tmp_path: Path, toy_recipe: Recipe, re
     assert (tmp_path / "target" / "precious").read_text() == "data"
 
 
-def new_run(recipe: Recipe) -> Run:
-    return Run(recipe, data.gather("path", Path(recipe.data.path)), "id", 0.0)
+def new_run(recipe: Recipe, out: Path | None = None) -> Run:
+    out = out or Path(recipe.data.path).parent
+    return Run(recipe, data.gather("path", Path(recipe.data.path)), "id", 0.0, Parallel(recipe.train, out), out)
 
 
 @pytest.mark.parametrize("which", ["target", "draft"])
@@ -133,17 +137,15 @@ def test_a_loss_that_is_not_finite_changes_no_weight(toy_recipe: Recipe, which: 
 def test_batches_that_are_not_finite_are_skipped_counted_and_capped(
     tmp_path: Path, toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = trainer.pair_losses
+    original = Pair.forward
 
-    def poisoned(target: GPT, draft: GPT, tokens: torch.Tensor, **settings: float) -> tuple[torch.Tensor, torch.Tensor]:
-        losses = original(target, draft, tokens, **settings)
-        broken = any(torch.equal(tokens, bad) for bad in batches)
-        return (losses[0] * (float("nan") if broken else 1.0), losses[1])
+    def poisoned(pair: Pair, tokens: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        losses = original(pair, tokens, *arguments)
+        return losses * (float("nan") if any(torch.equal(tokens, bad) for bad in batches) else 1.0)
 
     run = new_run(toy_recipe)
-    shape = {"rows": 2, "length": 16, "seed": 0}
-    batches = [data.batch(run.training, step=step, **shape) for step in (1, 4)]
-    monkeypatch.setattr(trainer, "pair_losses", poisoned)
+    batches = [data.batch(run.training, step=step, rows=2, length=16, seed=0) for step in (1, 4)]
+    monkeypatch.setattr(Pair, "forward", poisoned)
     report = train(with_training(toy_recipe, max_skipped_batches=2), tmp_path / "two", progress=False)
     assert (report.steps, report.skipped) == (6, 2)
     assert all(bool(torch.isfinite(weight).all()) for weight in weights(tmp_path / "two").values())
@@ -152,24 +154,33 @@ def test_batches_that_are_not_finite_are_skipped_counted_and_capped(
 
 
 def test_the_count_of_skipped_batches_is_continued(toy_recipe: Recipe, tmp_path: Path) -> None:
-    run = new_run(with_training(toy_recipe, max_skipped_batches=3))
+    run = new_run(with_training(toy_recipe, max_skipped_batches=3), tmp_path)
     run.skipped = 2
-    run.save(tmp_path)
-    again = new_run(with_training(toy_recipe, max_skipped_batches=3))
+    run.save()
+    again = new_run(with_training(toy_recipe, max_skipped_batches=3), tmp_path)
     with TrainingProgress("", visible=False) as bar:
-        again.resume(tmp_path, bar)
+        again.resume(bar)
     assert again.skipped == 2
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(toy_recipe: Recipe, tmp_path: Path) -> None:
-    run = new_run(toy_recipe)
+    run = new_run(toy_recipe, tmp_path)
     run.tokenizer_hash = "another"
-    run.save(tmp_path)
+    run.save()
     with (
         TrainingProgress("", visible=False) as bar,
         pytest.raises(CheckpointError, match="trained with another tokenizer"),
     ):
-        new_run(toy_recipe).resume(tmp_path, bar)
+        new_run(toy_recipe, tmp_path).resume(bar)
+
+
+def test_a_missing_random_state_is_an_error(toy_recipe: Recipe) -> None:
+    parallel = new_run(toy_recipe).parallel
+    state = parallel.random_state()
+    parallel.set_random_state(state)
+    parallel.rank = 1
+    with pytest.raises(CheckpointError, match=r"no state of random.cpu.1.*as many processes.*--fresh"):
+        parallel.set_random_state(state)
 
 
 def test_a_full_disk_costs_no_training(
@@ -181,13 +192,13 @@ def test_a_full_disk_costs_no_training(
     train(toy_recipe, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
         patch.setattr("specdec.training.checkpoint._seal", full)
-        run = new_run(with_training(toy_recipe, checkpoint_seconds=1e-9))
+        run = new_run(with_training(toy_recipe, checkpoint_seconds=1e-9), tmp_path / "full")
         with TrainingProgress("", visible=True) as bar:
-            run.loop(tmp_path / "full" / "checkpoints", bar)
+            run.loop(bar)
     said = " ".join(capsys.readouterr().err.split())
     assert "No space left on device" in said and "training goes on" in said
     assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
-    run.finish(tmp_path / "full")
+    run.finish()
     assert_same_weights(tmp_path / "whole", tmp_path / "full")
 
 

@@ -24,10 +24,8 @@ from specdec.training.checkpoint import (
     Checkpoint,
     Meta,
     load_checkpoint,
-    random_state,
     save_checkpoint,
     save_pretrained,
-    set_random_state,
     verify_folder,
     write_folder,
 )
@@ -147,15 +145,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]  # the room of the other is free again
     write(tmp_path, 2)
     assert load(tmp_path) == (2, [])
-
-
-def test_a_missing_random_state_is_an_error() -> None:
-    state = random_state(torch.device("cpu"))
-    set_random_state(state, torch.device("cpu"))
-    with pytest.raises(CheckpointError, match="no state of random.cpu.*--fresh"):
-        set_random_state({}, torch.device("cpu"))
-    with pytest.raises(CheckpointError, match="no state of random.cuda"):
-        set_random_state(state, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("which", ["target", "draft"])
