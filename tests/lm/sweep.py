@@ -174,8 +174,8 @@ def build(name: str) -> PreTrainedModel:
     model = made(config).eval()
     model.generation_config = GenerationConfig(pad_token_id=0)
     for weight in model.parameters():
-        if weight.dim() > 1 and 0 < float(weight.std()) < 0.1:  # a class that draws its weights in its own way
-            weight.data.mul_(0.2 / float(weight.std()))
+        if weight.dim() > 1 and 0 < float(weight.detach().std()) < 0.1:  # a class that draws its weights in its own way
+            weight.data.mul_(0.2 / float(weight.detach().std()))
     return model.requires_grad_(False)
 
 
