@@ -30,6 +30,7 @@ from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
 from specdec.lm.encdec import EncoderDecoderLM
 from specdec.lm.rowwise import MECHANISMS, RowwiseLM
+from specdec.nn.packed import packed_copy
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (row, head, query, key) -> may it look there
 
@@ -50,14 +51,24 @@ class HFLM(CachedLM):
     def __init__(self, model: PreTrainedModel) -> None:
         self._layers = _check_supported(model)
         super().__init__(probe.logits_width(model), probe.context_of(model), probe.device_of(model), model.dtype)
-        self.model = model
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._trims_logits = "logits_to_keep" in accepted
         _stand_in_for_mask_builders()
+        self._admit(model)
         self._clear()
-        probe.admit(self, model, lambda text, row: probe.plain_logits(model, text), self._more_to_ask)
-        self._clear()
+
+    def _admit(self, model: PreTrainedModel) -> None:
+        """Run a twin of ``model`` with packed weights; the model itself if that is not exact."""
+        for candidate in (packed_copy(model), model):
+            self.model, self.packed = candidate, candidate is not model
+            self._clear()
+            try:
+                probe.admit(self, model, lambda text, row: probe.plain_logits(model, text), self._more_to_ask)
+                return
+            except probe.Refused:
+                if not self.packed:
+                    raise
 
     def _clear(self) -> None:
         self.lengths, self.starts, self._pending = [], [], []

@@ -45,7 +45,8 @@ def admit(
     """
     settings = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     attention = model.config.get_text_config(decoder=True)._attn_implementation
-    key = (type(model), settings, attention, transformers.__version__, lm.dtype, lm.device.type, lm.mechanism)
+    packed = getattr(lm, "packed", False)
+    key = (type(model), settings, attention, transformers.__version__, lm.dtype, lm.device.type, lm.mechanism, packed)
     if key in _exact:
         return
     try:

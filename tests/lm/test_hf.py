@@ -204,7 +204,8 @@ def test_reading_a_prompt_computes_one_column_of_logits() -> None:
     lm = HFLM(model)
     lm.reserve(2, 20)
     widths = []
-    handle = model.lm_head.register_forward_hook(lambda module, inputs, logits: widths.append(logits.shape[1]))
+    head = lm.model.get_submodule("lm_head")
+    handle = head.register_forward_hook(lambda module, inputs, logits: widths.append(logits.shape[1]))
     lm.fill([[1, 2, 3, 4, 5], [6, 7]])
     lm.append(torch.tensor([[1, 2, 3], [4, 5, 6]]))
     handle.remove()
