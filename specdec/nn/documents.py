@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from specdec.nn.causal import causal_attention
+
 
 class Documents:
     """Where the documents of tokens [B, T] lie; each ends with the token ``end_of_text``, or with its row."""
@@ -81,9 +83,7 @@ class Documents:
 def _causal(queries: Tensor, keys: Tensor, values: Tensor, dropout: float) -> Tensor:
     """Attention of one document: queries [T, H, D], keys and values [T, G, D]."""
     queries, keys, values = (x.transpose(0, 1)[None] for x in (queries, keys, values))
-    gqa = queries.shape[1] != keys.shape[1]
-    mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=True, enable_gqa=gqa)
-    return mixed[0].transpose(0, 1)
+    return causal_attention(queries, keys, values, dropout)[0].transpose(0, 1)
 
 
 @cache

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specdec.errors import ModelError
+from specdec.nn.causal import causal_attention
 from specdec.nn.documents import Documents
 
 STATIC_ROPE = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence length
@@ -54,20 +55,15 @@ class Attention(nn.Module):
     ) -> Tensor:
         rows, length, _ = x.shape
         heads = self.qkv_proj(x).view(rows, length, -1, self.head_dim)
-        rotated = rotate(heads[:, :, : self.heads + self.groups], *rope)
+        turned, values = heads.split([self.heads + self.groups, self.groups], dim=2)
+        queries, keys = rotate(turned, *rope).split([self.heads, self.groups], dim=2)
+        dropout = self.dropout if self.training else 0.0
         if documents is not None:
-            queries, keys = rotated.split([self.heads, self.groups], dim=2)
-            dropout = self.dropout if self.training else 0.0
-            mixed = documents.attend(queries, keys, heads[:, :, self.heads + self.groups :], dropout)
+            mixed = documents.attend(queries, keys, values, dropout)
             return self.o_proj(mixed.reshape(rows, length, -1))
-        rotated = rotated.transpose(1, 2)
-        queries, keys = rotated[:, : self.heads], rotated[:, self.heads :]
-        values = heads[:, :, self.heads + self.groups :].transpose(1, 2)
+        queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
         if cache is None:
-            dropout = self.dropout if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(
-                queries, keys, values, dropout_p=dropout, is_causal=True, enable_gqa=self.heads != self.groups
-            ).transpose(1, 2)
+            mixed = causal_attention(queries, keys, values, dropout).transpose(1, 2)
         else:
             keys, values = cache.update(self.layer, keys, values)
             mixed = attend(queries, keys, values, cache.bias)
