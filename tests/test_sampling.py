@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import LogitsProcessorList
 
-from specdec.errors import ConfigError
 from specdec import sampling
 from specdec.draft import Draft
+from specdec.errors import ConfigError
 from specdec.sampling import (
     LEAST_TEMPERATURE,
     SamplingParams,
