@@ -57,6 +57,14 @@ class Parallel:
         return self.devices[0]
 
     @property
+    def precision(self) -> str | None:
+        """What `accelerate launch --mixed_precision` asks for, which goes before the recipe; None for nothing."""
+        asked = self.accelerator.mixed_precision
+        if asked not in ("no", "bf16"):
+            raise ConfigError(f"training runs in float32 or bfloat16, got --mixed_precision {asked}; use bf16 or no")
+        return "bfloat16" if asked == "bf16" else None
+
+    @property
     def main(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.rank == 0

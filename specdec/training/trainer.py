@@ -96,7 +96,7 @@ class Run:
         self.step, self.start, self.steps_here, self.skipped = 0, start, 0, 0
         self.tokenizer_hash = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         self.journal = Journal(out, parallel.accelerator, writes=parallel.main)
-        asked = {"no": self.settings.precision, "bf16": "bfloat16"}.get(parallel.accelerator.mixed_precision, "auto")
+        asked = parallel.precision or self.settings.precision
         self._build(_DTYPES.get(asked) or fast_dtype(self.device))
 
     def _encode(self, documents: tuple[data.Document, ...]) -> Tensor:

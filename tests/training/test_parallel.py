@@ -129,6 +129,18 @@ def test_separate_documents_train_and_accumulate(toy_recipe: Recipe, tmp_path: P
     assert_close(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize(("asked", "dtype"), [("no", "float32"), ("bf16", "bfloat16"), ("fp16", None)])
+def test_the_launchers_precision_goes_before_the_recipes(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, dtype: str | None
+) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.mixed_precision", asked)
+    if dtype is None:
+        with pytest.raises(ConfigError, match="float32 or bfloat16, got --mixed_precision fp16"):
+            train(toy_recipe, tmp_path, progress=False)
+    else:
+        assert train(toy_recipe, tmp_path, progress=False).dtype == dtype
+
+
 def test_rows_that_cannot_be_shared_are_refused(toy_recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train.rows must be a multiple of .*\(1 x 3\), got 2"):
         train(with_training(toy_recipe, accumulate=3), tmp_path, progress=False)
