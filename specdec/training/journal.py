@@ -17,6 +17,7 @@ from specdec.training.checkpoint import write_text
 from specdec.training.report import CURVES, LOG, TENSORBOARD
 
 _COLOURS = {"target": "#2a9d8f", "draft": "#d1603d"}
+_LEARNED = {"target": "training text", "draft": "distilled (another scale)"}
 _POINTS = 200  # in the picture: training losses are averaged over as many spans
 
 
@@ -99,7 +100,10 @@ def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     for model, colour in _COLOURS.items():
         points = _averaged([(entry["step"], entry[f"{model}_loss"]) for entry in updates])
         losses.plot(
-            *zip(*points, strict=True) if points else ((), ()), color=colour, alpha=0.45, label=f"{model}, train"
+            *zip(*points, strict=True) if points else ((), ()),
+            color=colour,
+            alpha=0.45,
+            label=f"{model}, {_LEARNED[model]}",
         )
         held_out = [(step, values[f"{model}_loss"]) for step, values in found]
         losses.plot(
