@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-_CHUNK_ELEMENTS = 2**22  # 16 MB of float32 logits at a time; they are made again for the backward pass
+from specdec.training.objective import parts
+
 _FADING = 3.0  # how fast lk_hybrid turns from KL to total variation
 _TINY = 1e-9  # keeps logarithms of probabilities that rounded to 0 finite
 
@@ -113,7 +114,7 @@ def distillation_loss(
         return (divergence(teacher.probs[rows], law) * weights[rows]).sum()
 
     total = hidden.new_zeros((), dtype=torch.float32)
-    for rows in _chunks(len(hidden), len(head)):
+    for rows in parts(len(hidden), len(head)):
         total = total + checkpoint(part, hidden[rows], head, rows, use_reentrant=False)
     return total / weights.sum().clamp(min=_TINY)
 
@@ -121,11 +122,11 @@ def distillation_loss(
 @torch.no_grad()
 def acceptance(hidden: Tensor, head: Tensor, teacher: Teacher) -> Tensor:
     """alpha of every position, [N]."""
-    parts = [
+    found = [
         overlap(teacher.probs[rows], teacher[rows].seen_by(F.linear(hidden[rows], head)))
-        for rows in _chunks(len(hidden), len(head))
+        for rows in parts(len(hidden), len(head))
     ]
-    return torch.cat(parts)
+    return torch.cat(found)
 
 
 def length_weights(alpha: Tensor, drafted: int) -> Tensor:
@@ -142,8 +143,3 @@ def length_weights(alpha: Tensor, drafted: int) -> Tensor:
     for j in range(drafted):
         weights[:, j:] += reached[:, : positions - j, j]
     return weights / weights.mean().clamp(min=_TINY)
-
-
-def _chunks(length: int, vocabulary: int) -> list[slice]:
-    size = max(_CHUNK_ELEMENTS // vocabulary, 16)
-    return [slice(start, start + size) for start in range(0, length, size)]

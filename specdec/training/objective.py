@@ -95,7 +95,7 @@ class _PairLoss(torch.autograd.Function):
         hidden_gradients = [torch.empty_like(hidden) for hidden, _ in models]
         head_gradients = [torch.zeros_like(head, dtype=torch.float32) for _, head in models]
         losses = torch.zeros(len(models), dtype=torch.float32, device=labels.device)
-        for part in _parts(len(labels), len(models[0][1])):
+        for part in parts(len(labels), len(models[0][1])):
             logits = [(hidden[part] @ head.T).float() for hidden, head in models]
             part_losses, gradients = _losses_and_gradients(logits, labels[part, None], weight)
             losses += part_losses
@@ -167,7 +167,7 @@ def agreement(target: GPT, draft: GPT, windows: Tensor, *, drafted: int = 4) -> 
         labels, inputs = tokens[:, 1:].reshape(-1), tokens[:, :-1]
         hidden = [model(inputs.to(model.embed_tokens.weight.device)).flatten(0, 1) for model in (target, draft)]
         alphas = []
-        for part in _parts(len(labels), target.config.vocab_size):
+        for part in parts(len(labels), target.config.vocab_size):
             target_logits = target.lm_head(hidden[0][part]).float()
             draft_logits = draft.lm_head(hidden[1][part]).float().to(target_logits.device)
             alphas.append(torch.minimum(target_logits.softmax(-1), draft_logits.softmax(-1)).sum(-1))
@@ -187,6 +187,7 @@ def _reached(alphas: Tensor, drafted: int) -> Tensor:
     return alphas.unfold(1, drafted, 1).cumprod(-1).sum((0, 1))
 
 
-def _parts(length: int, vocabulary: int) -> Iterator[slice]:
+def parts(length: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of ``length`` positions whose logits fit the processor's cache together."""
     size = max(_CHUNK_ELEMENTS // vocabulary, 16)
     return (slice(start, start + size) for start in range(0, length, size))

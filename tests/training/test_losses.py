@@ -53,7 +53,7 @@ def test_total_variation_is_one_minus_acceptance_and_lk_is_its_logarithm() -> No
 @pytest.mark.parametrize("keep", [0, 5])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_the_chunked_loss_is_the_plain_one(name: str, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.training.losses._CHUNK_ELEMENTS", 16 * VOCAB)
+    monkeypatch.setattr("specdec.training.objective._CHUNK_ELEMENTS", 16 * VOCAB)
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(POSITIONS, HIDDEN, generator=generator, requires_grad=True)
     head = torch.randn(VOCAB, HIDDEN, generator=generator, requires_grad=True)
