@@ -4,8 +4,8 @@ python benchmarks/compare_hf.py     prints two tables, writes benchmarks/results
 
 The target is the demo's, widened to 520 M parameters that compute the same (widen.py): a large model's cost with a
 trained pair's acceptance. Batch 1 is against assisted generation at its best draft length, batch 8, where Hugging
-Face refuses to assist, against plain ``generate``. Every method tries its draft lengths in one round first; the two
-fastest of each go into the interleaved rounds that count.
+Face refuses to assist, against plain ``generate``. Every method tries its draft lengths on some of the prompts first;
+the fastest of each go into the interleaved rounds that count, the two fastest of the rivals.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from specdec import bench, load
 from specdec.bench import Measurement, Method
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
 from specdec.training.data import gather, held_out_prompts
@@ -30,10 +31,11 @@ from widen import wide_pair
 
 RESULTS = Path(__file__).parent / "results"
 DTYPE = "bfloat16"
-DRAFT_LENGTHS, LOOKUP_LENGTHS = range(1, 9), (3, 5, 8)
-PROMPT_TOKENS, LARGE_BATCH, FINALISTS = 128, 8, 2
+DRAFT_LENGTHS, LOOKUP_LENGTHS, HYBRID_LENGTHS = range(1, 9), (3, 5, 8), (2, 3, 4, 5, 6, 8)
+PROMPT_TOKENS, LARGE_BATCH, TRIAL_PROMPTS = 128, 8, 2
 HF_PLAIN, HF_ASSISTED, HF_LOOKUP = "HF generate", "HF assisted", "HF lookup"
 NATIVE, ON_HF = "ours", "on HF"  # from the checkpoint, on our own decoder; from Hugging Face's model objects
+FINALISTS = {HF_ASSISTED: 2}  # of each family; 1 of the others
 TARGETS = {1: 1.5, LARGE_BATCH: 2.0}  # what we promise: times HF's assisted generation, times HF's plain one
 
 Families = dict[str, dict[int, Method]]  # name -> draft length -> method; 0 is plain decoding
@@ -63,8 +65,11 @@ class Contenders:
         for name, engine in {NATIVE: self.native, ON_HF: self.on_hf}.items():
             found[f"{name} plain"] = {0: self._own(engine, 0)}
             found[f"{name} draft"] = {k: self._own(engine, k) for k in DRAFT_LENGTHS}
-        lookup = Engine(self.native.target, NgramDrafter(), vocab_size=self.native.limits.vocab_size)
-        found[f"{NATIVE} lookup"] = {k: self._own(lookup, k) for k in LOOKUP_LENGTHS}
+            assert engine.drafter is not None
+            hybrid = Engine(
+                engine.target, HybridDrafter(engine.drafter, NgramDrafter()), vocab_size=engine.limits.vocab_size
+            )
+            found[f"{name} draft + lookup"] = {k: self._own(hybrid, k) for k in HYBRID_LENGTHS}
         return found
 
     def hf_speculation(self) -> Families:
@@ -99,18 +104,19 @@ def race(
 ) -> tuple[dict[str, list[bench.Run]], dict[str, dict[int, float]]]:
     """Runs of every family's fastest methods in interleaved rounds, and tokens per second of all in the round before.
 
-    At batch 1 all prompts are run one by one, otherwise ``batch`` of them at once.
+    At batch 1 prompts are run one by one (the first few in the round before), otherwise ``batch`` of them at once.
     """
     tried: dict[str, dict[int, float]] = {}
     finalists: dict[str, Method] = {}
     for family, methods in families.items():
         at_batch = {k: method if batch > 1 else bench.one_by_one(method) for k, method in methods.items()}
-        if len(at_batch) > FINALISTS:
+        trial = prompts[: TRIAL_PROMPTS if batch == 1 else batch]
+        if len(at_batch) > 1:
             progress(f"batch {batch}: draft lengths of {family}", 0)
             next(iter(at_batch.values()))(prompts[:batch])  # the first call warms up
-            runs = {k: method(prompts) for k, method in at_batch.items()}
+            runs = {k: method(trial) for k, method in at_batch.items()}
             tried[family] = {k: sum(map(len, run.token_ids)) / run.seconds for k, run in runs.items()}
-        best = sorted(at_batch, key=lambda k: -tried.get(family, {}).get(k, 0.0))[:FINALISTS]
+        best = sorted(at_batch, key=lambda k: -tried.get(family, {}).get(k, 0.0))[: FINALISTS.get(family, 1)]
         finalists.update({label(family, k): at_batch[k] for k in best})
     progress(f"batch {batch}: rounds", len(finalists) * (rounds + 1))
     return bench.timed_rounds(finalists, prompts, rounds=rounds, progress=lambda: progress("", 1)), tried
@@ -136,9 +142,9 @@ def verdict(runs: Mapping[str, list[bench.Run]], batch: int) -> tuple[list[Measu
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=4, help="at batch 1, one after the other")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=3, help="at batch 1, one after the other")
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     console = Console()
     target, draft = wide_pair()

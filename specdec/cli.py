@@ -30,7 +30,11 @@ DEFAULTS = Settings()
 
 Target = Annotated[str, typer.Argument(help="Directory or hub id of the target model.", metavar="MODEL")]
 Draft = Annotated[
-    str | None, typer.Option(help="Directory or hub id of a draft model, or 'ngram' (prompt lookup: no model needed).")
+    list[str] | None,
+    typer.Option(
+        help="Directory or hub id of a draft model, or 'ngram' (prompt lookup: no model needed); "
+        "given both, the lookup where the text repeats itself, the model elsewhere."
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU when there is one.")]
@@ -67,6 +71,11 @@ def demo(
     run(picture, Console())
 
 
+def _drafters(names: list[str] | None) -> str | list[str] | None:
+    """What ``load`` takes for the drafters that were named."""
+    return names[0] if names and len(names) == 1 else names or None
+
+
 @app.command()
 def generate(
     model: Target,
@@ -92,14 +101,14 @@ def generate(
 ) -> None:
     """Continue a prompt. One prompt streams as it is written; several print in order when done.
 
-    Example: specdec generate ./target --draft ./draft --prompt "def main(" --stats
+    Example: specdec generate ./target --draft ./draft --draft ngram --prompt "def main(" --stats
     """
     from specdec.load import load
 
     prompts = [*(prompt or []), *([prompt_file.read_text(encoding="utf-8")] if prompt_file else [])]
     if not prompts:
         raise PromptError('no prompt given; pass --prompt "..." or --prompt-file FILE')
-    engine = load(model, draft=draft, dtype=dtype, device=device)
+    engine = load(model, draft=_drafters(draft), dtype=dtype, device=device)
     single = len(prompts) * n == 1
 
     def write(piece: Piece) -> None:
@@ -142,8 +151,11 @@ def bench(
     from specdec.load import load
     from specdec.picture import draw
 
-    engine = load(model, draft=draft, dtype=dtype, device=device)
-    drafters = {"prompt lookup": NgramDrafter(), **({draft: engine.drafter} if engine.drafter and draft else {})}
+    engine = load(model, draft=_drafters(draft), dtype=dtype, device=device)
+    drafters = {
+        "prompt lookup": NgramDrafter(),
+        **({" + ".join(draft): engine.drafter} if engine.drafter and draft else {}),
+    }
     sizes = batch or [1, 8]
     prompts = _bench_prompts(engine.tokenizer, prompt_file, max(sizes))
     settings = {"max_new_tokens": max_new_tokens, "num_draft_tokens": num_draft_tokens, "temperature": temperature}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from specdec.draft import Drafter
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
@@ -42,12 +43,13 @@ NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {"ngram": NgramDrafter}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 ModelLike = str | Path | nn.Module | CachedLM
+DraftLike = ModelLike | Drafter | Sequence[ModelLike | Drafter] | None
 
 
 def load(
     target: ModelLike,
     *,
-    draft: ModelLike | Drafter | None = None,
+    draft: DraftLike = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -55,7 +57,8 @@ def load(
     """Load a target, and perhaps a drafter, into an ``Engine`` that keeps them.
 
     target: a directory, a Hugging Face hub id, a ``PreTrainedModel``, a ``GPT`` or a ``CachedLM``.
-    draft: any of these, the name of a drafter that needs no model ("ngram"), a ``Drafter``, or None for plain decoding.
+    draft: any of these, the name of a drafter that needs no model ("ngram"), a ``Drafter``, or None for plain decoding;
+        a model and "ngram" in a list: the lookup where the text repeats itself, the model elsewhere.
     dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own. device: "cpu", "cuda", or "auto".
     Neither applies to models that come as objects: those are run as they are.
 
@@ -243,7 +246,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _load_drafter(
-    draft: ModelLike | Drafter | None,
+    draft: DraftLike,
     target: CachedLM,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype | None,
@@ -252,6 +255,8 @@ def _load_drafter(
 ) -> Drafter | None:
     if draft is None:
         return None
+    if isinstance(draft, Sequence) and not isinstance(draft, str):
+        return _hybrid([_load_drafter(part, target, tokenizer, dtype, device, vocab_size) for part in draft])
     if isinstance(draft, str) and draft in NAMED_DRAFTERS:
         return NAMED_DRAFTERS[draft]()
     if not isinstance(draft, str | Path | nn.Module | CachedLM):
@@ -265,6 +270,14 @@ def _load_drafter(
         raise ConfigError("target and draft are the same CachedLM object, and so the same cache; make a second one")
     check_same_vocabulary(target, lm, tokenizer, find_tokenizer(draft), vocab_size)
     return ModelDrafter(lm)
+
+
+def _hybrid(parts: list[Drafter | None]) -> Drafter:
+    lookups = [part for part in parts if isinstance(part, NgramDrafter)]
+    others = [part for part in parts if part is not None and not isinstance(part, NgramDrafter)]
+    if len(parts) != 2 or len(lookups) != 1 or len(others) != 1:
+        raise ConfigError('a list of drafters must be one model and "ngram", for example draft=["./draft", "ngram"]')
+    return HybridDrafter(others[0], lookups[0])
 
 
 def check_same_vocabulary(

@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdec.control import DEFAULT_DRAFT_TOKENS
 from specdec.draft import Drafter
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
@@ -186,13 +187,14 @@ def _drafter(
     tokenizer: PreTrainedTokenizerBase | None,
     draft_tokenizer: PreTrainedTokenizerBase | None,
 ) -> Drafter:
+    lookup = NgramDrafter(max_ngram=config.max_matching_ngram_size or NgramDrafter().max_ngram)
+    if draft is None:
+        return lookup
     if isinstance(draft, torch.nn.Module):
         lm = load_lm(draft)
         check_same_vocabulary(target, lm, tokenizer, draft_tokenizer, target.vocab_size)
-        return ModelDrafter(lm)
-    if draft is not None:
-        return draft
-    return NgramDrafter(max_ngram=config.max_matching_ngram_size or NgramDrafter().max_ngram)
+        draft = ModelDrafter(lm)
+    return HybridDrafter(draft, lookup) if config.prompt_lookup_num_tokens is not None else draft
 
 
 def _count(config: GenerationConfig, assistant: PreTrainedModel | None) -> int:

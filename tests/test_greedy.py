@@ -11,6 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from specdec import Drafter, Engine
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.lm.base import CachedLM
@@ -21,7 +22,7 @@ from toys import native, noisy, tiny_gpt
 
 VOCAB, NEW = 61, 64
 BATCHES, DRAFT_LENGTHS = (1, 2, 3, 7, 16), (0, 1, 2, 5, 8)
-DRAFTS = ("self", "noisy", "unrelated", "lookup")
+DRAFTS = ("self", "noisy", "unrelated", "lookup", "hybrid")
 DECODERS = ("our GPT", "HF Llama", "HF GPT-2")
 
 
@@ -46,6 +47,8 @@ class Family:
 
     def drafter(self, name: str) -> Drafter:
         models = {"self": self.same, "noisy": self.disturbed, "unrelated": native(tiny_gpt(9, layers=1))}
+        if name == "hybrid":
+            return HybridDrafter(ModelDrafter(self.disturbed), NgramDrafter())
         return ModelDrafter(models[name]) if name in models else NgramDrafter()
 
 

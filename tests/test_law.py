@@ -18,6 +18,7 @@ from torch import Tensor
 
 from exact import BLOCK, REJECTION, chain, committed, draft_batch, table_tree
 from specdec import Draft, Drafter, Engine, Output
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.sampling import Randomness, SamplingParams
@@ -67,6 +68,7 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "uneven": lambda: Uneven(TableLM(OTHER)),
     "short context": lambda: ModelDrafter(TableLM(OTHER, context=6)),
     "ngram": NgramDrafter,
+    "hybrid": lambda: HybridDrafter(ModelDrafter(TableLM(OTHER)), NgramDrafter()),
     "always 2": lambda: Guess(lambda tokens, limit: [2] * limit),
     "repeats": lambda: Guess(lambda tokens, limit: tokens[-1:] * (limit if tokens[-1] % 2 else 1)),
 }
@@ -136,7 +138,9 @@ def alarm(output: Output, kinds: list[Kind], samples: int = SAMPLES) -> float:
 
 
 @every_rule
-@pytest.mark.parametrize(("drafter", "num_draft_tokens"), [("model", 1), ("model", 4), ("ngram", 3), ("repeats", 3)])
+@pytest.mark.parametrize(
+    ("drafter", "num_draft_tokens"), [("model", 1), ("model", 4), ("ngram", 3), ("repeats", 3), ("hybrid", 4)]
+)
 def test_samples_follow_the_targets_law(rule: str, drafter: str, num_draft_tokens: int) -> None:
     """n = 20,000 texts of 5 tokens; one false alarm in 200,000 runs each if seeds were random."""
     # CASES 1, 2, 9, 10, 12; the bar: T1

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import specdec
 from specdec import CheckpointError, ConfigError, ModelError, SpecDecError, VocabularyError
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.lm.native import NativeLM
@@ -332,6 +333,14 @@ def test_a_lookup_drafter_needs_no_vocabulary_check(saved: Path) -> None:
     found = specdec.load(saved, draft="ngram")
     assert isinstance(found.drafter, NgramDrafter)
     assert specdec.load(saved, draft="ngram").drafter is not found.drafter
+
+
+def test_a_model_and_a_lookup_make_a_hybrid(saved: Path) -> None:
+    for draft in (["ngram", saved], (str(saved), NgramDrafter())):
+        found = specdec.load(saved, draft=draft)
+        assert isinstance(found.drafter, HybridDrafter) and isinstance(found.drafter.model, ModelDrafter)
+    for wrong in ([], ["ngram"], ["ngram", "ngram"], [saved, saved], [saved, "ngram", "ngram"], [None, "ngram"]):
+        refuse(ConfigError, 'a list of drafters must be one model and "ngram"', saved, draft=wrong)
 
 
 def test_the_users_objects_are_left_as_they_are(gpt: GPT) -> None:

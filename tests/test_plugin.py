@@ -90,11 +90,12 @@ def both(model: PreTrainedModel, inputs: dict[str, Tensor], door: dict[str, Any]
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("how", ["assistant_model", "draft", "prompt_lookup_num_tokens"])
+@pytest.mark.parametrize("how", ["assistant_model", "draft", "prompt_lookup_num_tokens", "both"])
 def test_greedy_calls_return_what_transformers_returns(rows: int, kind: str, how: str) -> None:
     # CASES 20, 22, 43, 44, 46, 47
     model = llama() if kind == "llama" else gpt2()
-    door = {how: 5 if how == "prompt_lookup_num_tokens" else disturbed(model)}
+    given = {"assistant_model": disturbed(model), "draft": disturbed(model), "prompt_lookup_num_tokens": 5}
+    door = {name: given[name] for name in (("assistant_model", "prompt_lookup_num_tokens") if how == "both" else [how])}
     theirs, ours = both(model, batch(rows), door)
     assert torch.equal(ours, theirs)
     stats = specdec.plugin.generate.stats

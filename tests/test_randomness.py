@@ -16,6 +16,7 @@ from scipy.stats import chi2, kstest, norm
 from torch import Tensor
 
 from specdec import Draft, Drafter, Engine, Output, sampling
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.sampling import Randomness, quantile, race
@@ -217,6 +218,7 @@ DRAFTERS: dict[str, Callable[[], Drafter | None]] = {
     "none": lambda: None,
     "model": lambda: ModelDrafter(TableLM(OTHER)),
     "ngram": NgramDrafter,
+    "hybrid": lambda: HybridDrafter(ModelDrafter(TableLM(OTHER)), NgramDrafter()),
     "sparse": lambda: Sparse(TableLM(OTHER)),
 }
 
@@ -288,7 +290,7 @@ def test_numbers_keyed_by_slot_are_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     assert depends_on_its_neighbours("model", "block")
 
 
-@pytest.mark.parametrize("drafter", ["model", "ngram", "sparse"])
+@pytest.mark.parametrize("drafter", ["model", "ngram", "hybrid", "sparse"])
 @pytest.mark.parametrize("num_draft_tokens", [1, 2, 5])
 def test_coupled_text_equals_plain_text_for_a_seed(drafter: str, num_draft_tokens: int) -> None:
     plain = texts("none", range(7))

@@ -19,7 +19,10 @@ def search(tokens: list[int], count: int, longest: int = 4, shortest: int = 1) -
     for size in range(longest, shortest - 1, -1):
         for end in range(len(tokens) - 1, size - 1, -1):
             if size < len(tokens) and tokens[end - size : end] == tokens[-size:]:
-                return tokens[end : end + count]
+                text = list(tokens)
+                for i in range(count):
+                    text.append(text[end + i])  # may be a token that was itself guessed
+                return text[len(tokens) :]
     return []
 
 
@@ -53,7 +56,7 @@ def test_the_table_finds_what_a_search_finds(longest: int, shortest: int) -> Non
 
 def test_a_text_that_repeats_itself_is_proposed() -> None:
     assert proposals(NgramDrafter().propose(batch([[1, 2, 3, 4, 1, 2]]), [3])) == [[3, 4, 1]]
-    assert proposals(NgramDrafter().propose(batch([[7, 7, 7]]), [4])) == [[7]]
+    assert proposals(NgramDrafter().propose(batch([[7, 7, 7]]), [4])) == [[7, 7, 7, 7]]  # its own guess goes on
     assert proposals(NgramDrafter().propose(batch([[5, 1, 5, 2, 5]]), [2])) == [[2, 5]]  # the latest wins
     longest = [1, 2, 3, 9, 3, 8, 1, 2, 3]  # "1 2 3" was followed by 9, the latest "3" alone by 8
     assert proposals(NgramDrafter().propose(batch([longest]), [1])) == [[9]]

@@ -1,0 +1,105 @@
+"""The hybrid lets the lookup speak where it promises more, and keeps the model's cache right whoever spoke."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from specdec import Draft, Engine
+from specdec.control import Acceptance
+from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.sequences import Sequences, Step
+from toys import TableLM, random_table
+
+TABLE = random_table(6, seed=3)
+PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 0, 1, 2, 3, 4, 5, 0, 1], [2, 2]]
+
+
+class Watched(ModelDrafter):
+    """Counts its proposals and checks after every step that its cache holds the text of every row it still knows."""
+
+    def __init__(self, lm: TableLM) -> None:
+        super().__init__(lm)
+        self.proposals = 0
+
+    def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
+        self.proposals += 1
+        return super().propose(sequences, lengths)
+
+    def observe(self, step: Step) -> None:
+        super().observe(step)
+        assert isinstance(self.lm, TableLM)
+        for slot, row in enumerate(step.rows):
+            read, start = self.lm.lengths[slot], self.lm.starts[slot]
+            if slot not in step.finished:
+                assert self.lm.memory[slot, :read].tolist() == row.tokens[start : start + read]
+
+
+def run(hybrid: HybridDrafter, **settings: Any) -> Any:
+    given = {"max_new_tokens": 60, "num_draft_tokens": 4, "seed": 0, **settings}
+    return Engine(TableLM(TABLE, context=256), hybrid).generate(PROMPTS, **given)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, [0.0, 0.7, 1.5, 0.0]])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_the_models_cache_is_right_whoever_spoke(temperature: Any, size: int) -> None:
+    model = Watched(TableLM(0.7 * TABLE + random_table(6, seed=4), context=256))
+    output = run(HybridDrafter(model, NgramDrafter()), temperature=temperature, max_batch_size=size)
+    assert 0 < model.proposals < output.stats.num_target_passes  # both were asked
+    plain = Engine(TableLM(TABLE, context=256)).generate(PROMPTS, max_new_tokens=60)
+    greedy = [i for i in range(4) if (temperature if isinstance(temperature, float) else temperature[i]) == 0]
+    assert [output.token_ids[i] for i in greedy] == [plain.token_ids[i] for i in greedy]
+
+
+def test_a_cache_that_counts_the_lookups_tokens_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: the model is told that its own draft was accepted when the lookup's was."""
+    monkeypatch.setattr("specdec.drafters.hybrid.replace", lambda step, accepted: step)
+    model = Watched(TableLM(0.7 * TABLE + random_table(6, seed=4), context=256))
+    with pytest.raises(AssertionError):
+        run(HybridDrafter(model, NgramDrafter()))
+
+
+def test_the_model_rests_while_the_lookup_is_right() -> None:
+    model = Watched(TableLM(0.7 * TABLE + random_table(6, seed=4), context=512))
+    output = run(HybridDrafter(model, NgramDrafter()), max_new_tokens=200)  # a greedy text ends in a cycle
+    assert model.proposals < 0.4 * output.stats.num_target_passes
+
+
+def test_a_lookup_that_is_always_wrong_is_left_to_rest() -> None:
+    class Wrong(NgramDrafter):
+        def guess(self, row: Any, count: int) -> Any:
+            found = super().guess(row, count)
+            return found._replace(tokens=[(token + 1) % 6 for token in found.tokens])
+
+    model = Watched(TableLM(TABLE, context=256))
+    output = run(HybridDrafter(model, Wrong()))
+    assert model.proposals > 0.6 * output.stats.num_target_passes
+
+
+def test_records_go_with_their_rows() -> None:
+    hybrid = HybridDrafter(ModelDrafter(TableLM(TABLE, context=256)), NgramDrafter())
+    engine = Engine(TableLM(TABLE, context=256), hybrid)
+    engine.generate(PROMPTS * 5, max_new_tokens=9, max_batch_size=3)
+    assert hybrid._records == {} and hybrid.lookup._tables == {}
+    stream = engine.stream(PROMPTS, max_new_tokens=9)
+    next(stream)
+    assert hybrid._records
+    stream.close()  # type: ignore[attr-defined]
+    assert hybrid._records == {}
+
+
+def test_acceptance_is_learned_and_what_came_last_counts_most() -> None:
+    acceptance = Acceptance(0.5)
+    assert acceptance.rate == 0.5 and acceptance.expected(3) == pytest.approx(0.5 + 0.25 + 0.125)
+    for _ in range(100):
+        acceptance.count(4, 4)
+    assert acceptance.rate > 0.95
+    for _ in range(40):
+        acceptance.count(4, 0)  # one token was tried and refused, three were never looked at
+    assert 0.2 < acceptance.rate < 0.35
+    refused = Acceptance(0.5)
+    refused.count(0, 0)
+    assert refused.rate == 0.5
