@@ -16,9 +16,10 @@ from rich.console import Console
 
 from specdec import bench
 from specdec.demo import demo_pair, fast_dtype_name
-from specdec.distill import DistillSettings, distill
+from specdec.distill import distill
 from specdec.load import load, load_model
 from specdec.training.data import gather, held_out_prompts
+from specdec.training.distill_recipe import DistillSettings
 
 RESULTS = Path(__file__).parent / "results/distill.json"
 MODELS = Path(__file__).parents[1] / "models"

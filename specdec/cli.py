@@ -208,19 +208,23 @@ def distill(
     on_policy: Annotated[float, typer.Option(help="Share of the budget spent on text that the target writes.")] = 0.5,
     max_seconds: Annotated[float, typer.Option(help="Stop after this long; 0 is no limit.")] = 600.0,
     max_tokens: Annotated[int, typer.Option(help="Stop after learning from so many tokens; 0 is no limit.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of resuming from a checkpoint.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Train a draft for a target that exists, any Hugging Face causal LM; the best draft so far is kept in OUT.
 
+    Ctrl-C saves a checkpoint and the same command goes on from it.
+
     Example: specdec distill ./target --out ./draft --draft-shape small --data ./my-code
     """
-    from specdec.distill import DistillSettings, distill_checkpoint
+    from specdec.distill import distill_checkpoint
+    from specdec.training.distill_recipe import DistillSettings
 
     settings = DistillSettings(
         shape=draft_shape, loss=loss, on_policy=on_policy, max_seconds=max_seconds, max_tokens=max_tokens
     )
-    report = distill_checkpoint(target, out, data, settings, dtype=dtype, device=device)
+    report = distill_checkpoint(target, out, data, settings, dtype=dtype, device=device, resume=not fresh)
     table = Table("tokens", "accepted length, greedy", "T=1", "acceptance", title=f"{out}")
     for i, e in enumerate(report.evaluations):
         style = "bold green" if i == report.best else None

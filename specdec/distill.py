@@ -7,10 +7,12 @@ draft that is being trained, so that it comes faster as the draft gets better (Z
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,97 +30,30 @@ from specdec.load import load_lm, load_model
 from specdec.nn.gpt import GPT
 from specdec.training import checkpoint as files
 from specdec.training import data
+from specdec.training.cards import draft_card
+from specdec.training.distill_recipe import REPORT, DistillReport, DistillSettings, Evaluation, read_report
+from specdec.training.interrupt import Interrupt
 from specdec.training.losses import DIVERGENCES, Teacher, acceptance, distillation_loss, length_weights
 from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
-from specdec.training.shapes import SHAPES, draft_config, initialise
-
-REPORT = "distill.json"
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """How to train the draft. Budgets: ``max_tokens`` positions learned from, ``max_seconds``; 0 is no limit.
-
-    shape: "wide" (the target's width, a quarter of its layers: begins as some of the target's layers where they are
-    built like ours), "small" (half the width) or "tiny" (a quarter, one layer).
-    loss: one of ``losses.DIVERGENCES``, or "cross_entropy" (the text alone, no teacher).
-    draft_tokens: how many tokens the draft will propose; positions count by what they add to the accepted length.
-    teacher_entries: how many of the target's probabilities to keep per position, 0 for all.
-    on_policy: share of the budget spent, at the end, on text of the target.
-    patience: evaluations without a rise of the accepted length that end the run; 0 never does.
-    """
-
-    shape: str = "small"
-    loss: str = "lk_hybrid"
-    weigh_positions: bool = True
-    draft_tokens: int = 4
-    teacher_entries: int = 0
-    on_policy: float = 0.5
-    max_tokens: int = 0
-    max_seconds: float = 0.0
-    rows: int = 4
-    sequence_length: int = 256
-    prompt_tokens: int = 64
-    new_tokens: int = 128
-    prompts_per_round: int = 32
-    learning_rate: float = 1e-3
-    evaluate_every: int = 100_000
-    evaluation_prompts: int = 8
-    patience: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        losses = [*DIVERGENCES, "cross_entropy"]
-        _allowed("shape", self.shape, self.shape in SHAPES, f"one of {', '.join(SHAPES)}")
-        _allowed("loss", self.loss, self.loss in losses, f"one of {', '.join(losses)}")
-        _allowed("on_policy", self.on_policy, 0 <= self.on_policy <= 1, "from 0 to 1")
-        _allowed("learning_rate", self.learning_rate, 0 < self.learning_rate < 1, "between 0 and 1")
-        for name in ("draft_tokens", "rows", "prompt_tokens", "new_tokens", "prompts_per_round", "evaluation_prompts"):
-            _allowed(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
-        for name in ("max_tokens", "max_seconds", "teacher_entries", "patience"):
-            _allowed(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
-        _allowed("max_tokens", self.max_tokens, self.max_tokens or self.max_seconds, "> 0 if max_seconds is 0")
-        _allowed("evaluate_every", self.evaluate_every, self.evaluate_every >= 1, ">= 1")
-        _allowed("sequence_length", self.sequence_length, self.sequence_length >= 8, ">= 8")
-
-
-def _allowed(name: str, value: object, condition: object, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} must be {allowed}, got {value!r}")
-
-
-@dataclass
-class Evaluation:
-    """After ``tokens`` positions: mean accepted length of decodes of held-out prompts, and alpha on held-out text."""
-
-    tokens: int
-    seconds: float
-    greedy_length: float
-    sampled_length: float
-    alpha: float
-
-
-@dataclass
-class DistillReport:
-    """What came out; ``evaluations[0]`` is before the first step, ``best`` the index of the draft that was kept."""
-
-    settings: DistillSettings
-    initialised: list[str]
-    draft_parameters: int
-    evaluations: list[Evaluation] = field(default_factory=list)
-    best: int = 0
-    stopped_early: bool = False
+from specdec.training.shapes import draft_config, initialise
 
 
 def distill_checkpoint(
-    target: str, out: Path, text: str, settings: DistillSettings, *, dtype: str = "auto", device: str = "auto"
+    target: str,
+    out: Path,
+    text: str,
+    settings: DistillSettings,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    resume: bool = True,
 ) -> DistillReport:
     """``distill`` for a directory or hub id, on "stdlib" or the text below a path; raises what ``load`` raises."""
     model, tokenizer = load_model(target, dtype=dtype, device=device)
     if not isinstance(model, GPT | PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"{target} must be a causal language model with a fast tokenizer (tokenizer.json)")
     corpus = data.gather("stdlib") if text == "stdlib" else data.gather("path", Path(text))
-    return distill(model, tokenizer, corpus, out, settings)
+    return distill(model, tokenizer, corpus, out, settings, name=Path(target).name, resume=resume)
 
 
 def distill(
@@ -128,26 +63,45 @@ def distill(
     out: Path,
     settings: DistillSettings,
     *,
+    name: str = "the target",
     progress: bool = True,
+    resume: bool = True,
 ) -> DistillReport:
     """Train a draft for ``target`` and save it, with its tokenizer, in ``out``; the best one so far at any time.
 
-    Raises ``ConfigError`` when ``out`` holds something else or the text is too short, ``ModelError`` when a loss is not
-    finite.
+    ``name`` is what the model card calls the target. Ctrl-C and SIGTERM save a checkpoint (in OUT-checkpoints) before
+    they end the run, and the same call goes on from it; a finished run is returned as it is; ``resume=False`` starts
+    over. Raises ``ConfigError`` when ``out`` holds something else or the text is too short, ``CheckpointError`` when the
+    checkpoints are damaged, ``ModelError`` when a loss is not finite.
     """
     if (out / "config.json").exists() and not (out / files.MANIFEST).exists():
         raise ConfigError(f"{out} exists and was not written by a training run; choose another output folder")
-    run = Distillation(target, tokenizer, corpus, settings)
     console = Console(stderr=True, quiet=not progress)
     columns = (TextColumn("distilling"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with evaluating(target), Progress(*columns, console=console) as bar:
+        run = Distillation(target, tokenizer, corpus, settings, out, name)
+        if resume and (finished := run.finished()) is not None:
+            return finished
+        run.begin(bar.console.print, resume=resume)
         task = bar.add_task("", total=1.0, said="")
-        run.loop(out, lambda done, said: bar.update(task, completed=done, said=said))
+        run.loop(lambda done, said: bar.update(task, completed=done, said=said))
     return run.report
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout, and afterwards as it was given."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class Distillation:
-    """One run: target, draft, its optimiser, and the text that the target has written."""
+    """One run: target, draft, its optimiser, and the text that the target has written. The target is in eval mode."""
 
     def __init__(
         self,
@@ -155,8 +109,12 @@ class Distillation:
         tokenizer: PreTrainedTokenizerFast,
         corpus: data.Corpus,
         settings: DistillSettings,
+        out: Path,
+        name: str = "the target",
     ) -> None:
-        self.target, self.tokenizer, self.settings = target.eval(), tokenizer, settings
+        self.target, self.tokenizer, self.settings = target, tokenizer, settings
+        self.out, self.name = out, name
+        self.folder, self.report_file = (out.with_name(f"{out.name}-{what}") for what in ("checkpoints", REPORT))
         self.target_lm: CachedLM = load_lm(target)
         self.device = self.target_lm.device
         torch.manual_seed(settings.seed)
@@ -169,7 +127,7 @@ class Distillation:
         count, length = settings.evaluation_prompts, settings.prompt_tokens
         self.prompts = data.held_out_prompts(tokenizer, corpus, count=count, tokens=length)
         parameters = sum(weight.numel() for weight in self.draft.parameters())
-        self.report = DistillReport(settings, initialised, parameters)
+        self.report = DistillReport(settings, self._identity(corpus), initialised, parameters)
         self.start, self.tokens, self.step = time.monotonic(), 0, 0
         self.written: list[Tensor] = []
 
@@ -188,23 +146,26 @@ class Distillation:
         by_time = (time.monotonic() - self.start) / settings.max_seconds if settings.max_seconds else 0.0
         return min(max(by_tokens, by_time), 1.0)
 
-    def loop(self, out: Path, say: Callable[[float, str], None]) -> None:
-        """Train until the budget is spent or nothing is won any more, keeping the best draft in ``out``."""
-        self.evaluate(out)
-        due = self.settings.evaluate_every
-        while (progress := self.progress) < 1:
-            on_policy = progress >= 1 - self.settings.on_policy
-            loss = self.train_step(*(self.own_text() if on_policy else self.given_text()), progress)
-            last = self.report.evaluations[-1]
-            say(progress, f"loss {loss:.3f}, accepted length {last.greedy_length:.2f} / {last.sampled_length:.2f}")
-            if self.tokens >= due or self.progress >= 1:
-                due += self.settings.evaluate_every
-                self.evaluate(out)
-                patience = self.settings.patience
-                if patience and len(self.report.evaluations) - 1 - self.report.best >= patience:
-                    self.report.stopped_early = True
-                    break
-        self._write_report(out)
+    def loop(self, say: Callable[[float, str], None]) -> None:
+        """Train until the budget is spent or nothing is won any more, keeping the best draft."""
+        every = self.settings.evaluate_every
+        if not self.report.evaluations:
+            self.evaluate()
+        with Interrupt() as interrupt:
+            while (progress := self.progress) < 1 and not self.report.stopped_early:
+                if interrupt.received is not None:
+                    self.save()
+                    interrupt.end_program()
+                on_policy = progress >= 1 - self.settings.on_policy
+                before = self.tokens
+                loss = self.train_step(*(self.own_text() if on_policy else self.given_text()), progress)
+                last = self.report.evaluations[-1]
+                say(progress, f"loss {loss:.3f}, accepted length {last.greedy_length:.2f} / {last.sampled_length:.2f}")
+                if self.tokens // every > before // every or self.progress >= 1:
+                    self.evaluate()
+                    self.save()
+        files.write_text(self.report_file, json.dumps(asdict(self.report), indent=1) + "\n")
+        files.clear_checkpoints(self.folder)
 
     def given_text(self) -> tuple[Tensor, int]:
         """Windows [B, T + 1] of the training text, all of whose positions are learned."""
@@ -284,7 +245,7 @@ class Distillation:
         logits: Tensor = self.target(input_ids=tokens, use_cache=False).logits
         return logits
 
-    def evaluate(self, out: Path) -> Evaluation:
+    def evaluate(self) -> Evaluation:
         """Measure the draft on held-out prompts and text; save it if it is the best so far."""
         settings = self.settings
         lengths = []
@@ -301,7 +262,9 @@ class Distillation:
         best = history[self.report.best]
         if len(history) == 1 or sum(lengths) > best.greedy_length + best.sampled_length:
             self.report.best = len(history) - 1
-            files.save_pretrained(self.draft, self.tokenizer, out)
+            files.save_pretrained(self.optimizer.snapshot(), self.tokenizer, self.out, self._card(found))
+        patience = settings.patience
+        self.report.stopped_early = bool(patience) and len(history) - 1 - self.report.best >= patience
         return found
 
     @torch.no_grad()
@@ -315,5 +278,72 @@ class Distillation:
         ]
         return float(torch.cat(found).mean())
 
-    def _write_report(self, out: Path) -> None:
-        files.write_text(out.parent / f"{out.name}-{REPORT}", json.dumps(asdict(self.report), indent=1) + "\n")
+    def finished(self) -> DistillReport | None:
+        """The report of a finished run in the output folder, whose draft is intact; None when there is none."""
+        if not self.report_file.exists():
+            return None
+        report = read_report(self.report_file)
+        self._check_identity(report.identity)
+        files.verify_folder(self.out)
+        return report
+
+    def begin(self, say: Callable[[str], None], *, resume: bool) -> None:
+        """Continue from the newest intact checkpoint, if there is one; without ``resume`` remove what is there."""
+        if not resume:
+            self.report_file.unlink(missing_ok=True)
+            files.clear_checkpoints(self.folder)
+            return
+        checkpoint = files.load_checkpoint(self.folder, say)
+        if checkpoint is None:
+            return
+        meta, state = checkpoint.meta, checkpoint.state
+        self._check_identity(meta.identity)
+        self.written = list(state.pop("written").split(self.settings.rows)) if "written" in state else []
+        self.optimizer.load(state)
+        self.step, self.tokens, self.start = meta.step, meta.notes["tokens"], self.start - meta.seconds
+        self.report.best = meta.notes["best"]
+        self.report.evaluations = [Evaluation(**one) for one in meta.notes["evaluations"]]
+        say(f"continuing from step {self.step} in {self.folder}")
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        state = self.optimizer.state()
+        if self.written:
+            state["written"] = torch.cat(self.written)
+        notes = {
+            "tokens": self.tokens,
+            "best": self.report.best,
+            "evaluations": [asdict(evaluation) for evaluation in self.report.evaluations],
+        }
+        dtype = str(self.draft.embed_tokens.weight.dtype).removeprefix("torch.")
+        seconds = time.monotonic() - self.start
+        meta = files.Meta(self.report.identity, self.step, seconds, dtype, notes=notes)
+        files.save_checkpoint(self.folder, files.Checkpoint(meta, state))
+
+    def _identity(self, corpus: data.Corpus) -> str:
+        """Of everything that the draft depends on."""
+        given = json.dumps([asdict(self.settings), corpus.fingerprint(), self.target.config.to_dict()], default=str)
+        with torch.no_grad():
+            sums = [float(weight.sum(dtype=torch.float32)) for weight in self.target.parameters()]
+        return hashlib.sha256(f"{given} {sums}".encode()).hexdigest()
+
+    def _check_identity(self, found: str) -> None:
+        if found != self.report.identity:
+            raise ConfigError(
+                f"{self.out} belongs to a draft for another target, of other settings or other text; choose another "
+                "folder, or distill with resume=False (--fresh) to replace it"
+            )
+
+    def _card(self, found: Evaluation) -> str:
+        settings = self.settings
+        share = (
+            f"; the last {settings.on_policy:.0%} of the time on text of the target's own" if settings.on_policy else ""
+        )
+        figures = [
+            ("tokens per target pass, greedy", f"{found.greedy_length:.2f}"),
+            ("tokens per target pass, temperature 1", f"{found.sampled_length:.2f}"),
+            ("probability that one drafted token is accepted at temperature 1", f"{found.alpha:.1%}"),
+            ("tokens per draft", str(settings.draft_tokens)),
+        ]
+        trained = f"{found.tokens:,} tokens of text in {found.seconds:,.0f} s, with the loss `{settings.loss}`{share}."
+        return draft_card(self.name, self.report.draft_parameters, trained, figures)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,18 @@ from transformers import (
 )
 
 import specdec
-from specdec.distill import Distillation, DistillSettings, distill
+from specdec.distill import Distillation, distill
 from specdec.errors import ConfigError, ModelError
 from specdec.nn.gpt import GPT
+from specdec.training.checkpoint import load_checkpoint
 from specdec.training.data import Corpus, batch, encode, gather
+from specdec.training.distill_recipe import DistillSettings
 from specdec.training.losses import DIVERGENCES
 from specdec.training.shapes import draft_config, initialise
 
 TINY = {"rows": 4, "sequence_length": 64, "prompt_tokens": 16, "new_tokens": 32, "prompts_per_round": 8}
 TINY |= {"evaluation_prompts": 4, "seed": 0}
+OUT = Path("draft")  # of runs that write nothing
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,7 @@ def test_a_draft_of_another_architecture_raises_acceptance(
 def test_the_targets_own_text_is_learned_after_its_prompts(
     llama: Any, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
-    run = Distillation(llama, tokenizer, corpus, settings(rows=2))
+    run = Distillation(llama, tokenizer, corpus, settings(rows=2), OUT)
     rows, learned_from = run.own_text()
     assert rows.shape == (2, 48) and learned_from == 15
     plain = specdec.generate(llama, rows[:, :16], max_new_tokens=32, eos_token_id=None)
@@ -103,7 +108,7 @@ def test_the_targets_own_text_is_learned_after_its_prompts(
 def test_every_loss_learns(
     loss: str, entries: int, llama: Any, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
-    run = Distillation(llama, tokenizer, corpus, settings(loss=loss, teacher_entries=entries, learning_rate=5e-3))
+    run = Distillation(llama, tokenizer, corpus, settings(loss=loss, teacher_entries=entries, learning_rate=5e-3), OUT)
     rows, learned_from = run.given_text()
     losses = [run.train_step(rows, learned_from, 0.3) for _ in range(12)]
     assert losses[-1] < losses[0]
@@ -120,7 +125,7 @@ def test_a_draft_as_wide_as_the_target_begins_as_some_of_its_layers(
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
         assert torch.allclose(whole.lm_head(whole(tokens)), llama(tokens).logits, atol=1e-4)
-    run = Distillation(llama, tokenizer, corpus, settings(shape="wide"))
+    run = Distillation(llama, tokenizer, corpus, settings(shape="wide"), OUT)
     assert any(name.startswith("layers.0.") for name in run.report.initialised)
 
 
@@ -148,11 +153,76 @@ def test_it_stops_when_nothing_is_won(
 def test_the_same_seed_gives_the_same_draft(llama: Any, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> None:
     weights = []
     for seed in (0, 0, 1):
-        run = Distillation(llama, tokenizer, corpus, settings(seed=seed))
+        run = Distillation(llama, tokenizer, corpus, settings(seed=seed), OUT)
         for text in (run.given_text, run.own_text):
             run.train_step(*text(), 0.5)
         weights.append(torch.cat([weight.flatten() for weight in run.draft.parameters()]))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def weights_of(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return torch.cat([weight.flatten() for weight in model.parameters()])
+
+
+def run_is_refused(run: Callable[[], Any]) -> bool:
+    with pytest.raises(ConfigError, match="belongs to a draft for another target"):
+        run()
+    return True
+
+
+def test_an_interrupted_run_goes_on_bit_by_bit(
+    llama: Any, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C twice, in the given text and in the target's own; then a third call, which has nothing left to do."""
+    given = settings(max_tokens=4_000, evaluate_every=1_000, patience=0, learning_rate=5e-3)
+
+    def run(out: Path) -> Any:
+        return distill(llama, tokenizer, corpus, out, given, progress=False)
+
+    whole = run(tmp_path / "whole")
+    original = Distillation.train_step
+    for stop in (2, 14):
+
+        def stopping(self: Distillation, *args: Any, stop: int = stop) -> float:
+            if self.step == stop:
+                signal.raise_signal(signal.SIGINT)
+            return original(self, *args)
+
+        monkeypatch.setattr(Distillation, "train_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
+        found = load_checkpoint(tmp_path / "parts-checkpoints", print)
+        assert found is not None and found.meta.step == stop + 1
+        assert ("written" in found.state) == (stop == 14)
+    monkeypatch.undo()
+    parts = run(tmp_path / "parts")
+    assert torch.equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert [e.greedy_length for e in parts.evaluations] == [e.greedy_length for e in whole.evaluations]
+    assert not (tmp_path / "parts-checkpoints").exists()
+    assert run(tmp_path / "parts") == parts
+    again = distill(
+        llama, tokenizer, corpus, tmp_path / "parts", settings(max_tokens=300), progress=False, resume=False
+    )
+    assert len(again.evaluations) == 2 and run_is_refused(lambda: run(tmp_path / "parts"))
+
+
+def test_the_draft_is_saved_in_full_precision_with_a_card(
+    llama: Any, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, tmp_path: Path
+) -> None:
+    """And the target comes back in the mode it was given in."""
+    llama.train()
+    llama.model.layers[0].eval()
+    before = [module.training for module in llama.modules()]
+    short = settings(max_tokens=600, evaluate_every=300, learning_rate=5e-3)
+    report = distill(llama, tokenizer, corpus, tmp_path / "draft", short, name="my-target", progress=False)
+    assert [module.training for module in llama.modules()] == before
+    llama.eval()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    assert all(weight.dtype == torch.float32 for weight in saved.parameters())
+    card = (tmp_path / "draft/README.md").read_text()
+    best = report.evaluations[report.best]
+    assert "# A draft for my-target" in card and f"temperature 1: {best.sampled_length:.2f}" in card
 
 
 def test_wrong_settings_and_divergence_are_named(
@@ -170,7 +240,7 @@ def test_wrong_settings_and_divergence_are_named(
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="was not written by a training run"):
         distill(llama, tokenizer, corpus, tmp_path, settings(), progress=False)
-    run = Distillation(llama, tokenizer, corpus, settings())
+    run = Distillation(llama, tokenizer, corpus, settings(), OUT)
     run.draft.norm.weight.data[0] = torch.nan
     before = run.optimizer.masters["lm_head.weight"].clone()
     with pytest.raises(ModelError, match="diverged at step 0"):

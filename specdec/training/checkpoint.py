@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,7 +32,8 @@ class Meta:
     """The numbers of a checkpoint.
 
     ``identity`` says of which recipe and text, ``tokenizer`` is the sha256 of the tokenizer made of them; ``seconds``
-    were spent training, and ``skipped`` batches were passed over because their loss was not finite.
+    were spent training, and ``skipped`` batches were passed over because their loss was not finite. ``notes`` are what
+    else a kind of run must remember, as JSON.
     """
 
     identity: str
@@ -40,6 +42,7 @@ class Meta:
     dtype: str
     tokenizer: str = ""
     skipped: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

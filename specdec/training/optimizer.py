@@ -6,6 +6,7 @@ Zen 5 core a 512 x 512 product takes 0.51 ms in bfloat16 and 2.26 ms in float32.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 
@@ -89,6 +90,13 @@ class MasterAdamW:
         model = GPT(self.model.config).to(next(iter(state.values())).device)
         for name, weight in model.named_parameters():
             weight.copy_(state[name])
+        return model
+
+    def snapshot(self) -> GPT:
+        """A copy of the model with the float32 masters as its weights; of a model that is not sharded."""
+        model = copy.deepcopy(self.model)
+        for name, weight in model.named_parameters():
+            weight.data = self.masters[name].clone()
         return model
 
     def state(self) -> dict[str, Tensor]:

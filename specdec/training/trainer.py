@@ -26,6 +26,7 @@ from specdec.errors import CheckpointError, ConfigError, ModelError
 from specdec.nn.gpt import GPT
 from specdec.training import checkpoint as files
 from specdec.training import data
+from specdec.training.cards import pair_card
 from specdec.training.interrupt import Interrupt
 from specdec.training.journal import Journal
 from specdec.training.objective import Pair, agreement
@@ -33,7 +34,7 @@ from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
 from specdec.training.parallel import Parallel
 from specdec.training.progress import TrainingProgress
 from specdec.training.recipe import Recipe, ShapeRecipe
-from specdec.training.report import CURVES, LOG, REPORT, TENSORBOARD, TrainReport, model_card, read_report
+from specdec.training.report import CURVES, LOG, REPORT, TENSORBOARD, TrainReport, read_report
 
 EVALUATION_TOKENS = 8_192  # held-out tokens: a standard error of about 0.5 % on the agreement, in a few seconds
 DECODED_PROMPTS, DECODED_TOKENS = 8, 64  # of the real decode of an evaluation, context permitting
@@ -316,7 +317,7 @@ class Run:
             sharded=self.parallel.sharded,
         )
         for name, model in (("target", target), ("draft", draft)):
-            files.save_pretrained(model, self.tokenizer, self.out / name, model_card(name, self.recipe, report))
+            files.save_pretrained(model, self.tokenizer, self.out / name, pair_card(name, self.recipe, report))
         files.write_text(self.out / REPORT, json.dumps(asdict(report), indent=1) + "\n")
         return report
 
