@@ -14,10 +14,10 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from rich.console import Console
 
-from specdec import bench
 from specdec.demo import demo_pair, fast_dtype_name
 from specdec.distill import distill
 from specdec.load import load, load_model
+from specdec.machine import machine
 from specdec.training.data import gather, held_out_prompts
 from specdec.training.distill_recipe import DistillSettings
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--shape", default="tiny", help="the draft's shape, see specdec distill")
     arguments = parser.parse_args()
     found = [measure(way, changes, arguments.tokens, arguments.shape) for way, changes in WAYS.items()]
-    figures = {"machine": bench.machine(), "shape": arguments.shape, "results": [asdict(one) for one in found]}
+    figures = {"machine": machine(), "shape": arguments.shape, "results": [asdict(one) for one in found]}
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     draw(found, MODELS / "distill.png")
     table = markdown(found, arguments.shape)

@@ -12,11 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from specdec import bench
 from specdec.demo import demo_pair, fast_dtype_name
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
 from specdec.load import load
+from specdec.machine import machine
 from specdec.training.data import gather, held_out_prompts
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +40,7 @@ def main() -> None:
                 table.add_row(name, str(batch), f"{temperature:g}", f"{row['step_ms']:.2f}", *shares)
     Console().print(table)
     RESULTS.mkdir(exist_ok=True)
-    figures = {"machine": bench.machine(), "rows": rows}
+    figures = {"machine": machine(), "rows": rows}
     (RESULTS / "profile_loop.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from specdec import bench
+from specdec.machine import machine
 
 HERE = Path(__file__).parent
 COLUMNS = {"method": "{}", "batch": "{}", "temperature": "{:g}", "tokens_per_second": "{:.0f}",
@@ -39,7 +39,7 @@ def main() -> int:
         table.add_row(*(form.format(row[name]) for name, form in COLUMNS.items()))
     Console().print(table)
     (HERE / "results").mkdir(exist_ok=True)
-    figures = {"machine": bench.machine(), "cells": rows}
+    figures = {"machine": machine(), "cells": rows}
     (HERE / "results/generate.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 

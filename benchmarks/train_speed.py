@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from specdec import bench
+from specdec.machine import machine
 from specdec.nn.gpt import GPT, state_to_hf
 from specdec.training import data
 from specdec.training.objective import Pair, _PairLoss
@@ -222,7 +222,7 @@ def main() -> None:
         return
     recipe = load_recipe(arguments.recipe)
     precisions = arguments.precision or ["float32", str(fast_dtype(DEVICE)).removeprefix("torch.")]
-    figures: dict[str, object] = {"machine": bench.machine(), "load_before": round(os.getloadavg()[0], 2)}
+    figures: dict[str, object] = {"machine": machine(), "load_before": round(os.getloadavg()[0], 2)}
     figures["speed"] = [
         speeds(recipe, getattr(torch, name), arguments.steps, arguments.rounds) for name in dict.fromkeys(precisions)
     ]

@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from specdec import __version__
+from specdec.control import AUTO
 from specdec.engine import Piece
 from specdec.errors import ConfigError, PromptError, SpecDecError
 from specdec.requests import Settings
@@ -39,7 +40,9 @@ Draft = Annotated[
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU when there is one.")]
 MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to generate per row.")]
-NumDraftTokens = Annotated[int, typer.Option(help="Tokens drafted per step; 0 is plain decoding.")]
+NumDraftTokens = Annotated[
+    str, typer.Option(help="Tokens drafted per step; 0 is plain decoding, auto what pays most here, measured.")
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 
 
@@ -71,6 +74,11 @@ def demo(
     run(picture, Console())
 
 
+def _draft_length(given: str) -> int | str:
+    """What ``Settings`` takes for it; it refuses what is neither a number nor "auto"."""
+    return int(given) if given.lstrip("-").isdecimal() else given
+
+
 def _drafters(names: list[str] | None) -> str | list[str] | None:
     """What ``load`` takes for the drafters that were named."""
     return names[0] if names and len(names) == 1 else names or None
@@ -83,7 +91,7 @@ def generate(
     prompt_file: Annotated[Path | None, typer.Option(help="A text file that is one prompt.")] = None,
     draft: Draft = None,
     max_new_tokens: MaxNewTokens = 128,
-    num_draft_tokens: NumDraftTokens = DEFAULTS.num_draft_tokens,
+    num_draft_tokens: NumDraftTokens = AUTO,
     temperature: Temperature = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that make up this mass; 1 is off.")] = 1.0,
@@ -93,8 +101,11 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     n: Annotated[int, typer.Option("--n", help="Samples per prompt.")] = 1,
     rule: Annotated[
-        str, typer.Option(help="block, rejection, or coupled (same text as plain with that seed).")
-    ] = "block",
+        str,
+        typer.Option(
+            help="block, rejection, coupled (same text as plain with that seed), or auto: coupled with a seed."
+        ),
+    ] = AUTO,
     stats: Annotated[bool, typer.Option(help="Print counters and rates to stderr.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -115,7 +126,7 @@ def generate(
         print(piece.text, end="", flush=True)
 
     output = engine.generate(
-        prompts, max_new_tokens=max_new_tokens, num_draft_tokens=num_draft_tokens, temperature=temperature,
+        prompts, max_new_tokens=max_new_tokens, num_draft_tokens=_draft_length(num_draft_tokens), temperature=temperature,
         top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
         n=n, rule=rule, on_piece=write if single else None,
     )  # fmt: skip
@@ -134,7 +145,7 @@ def bench(
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable. Default 1 and 8.")] = None,
     max_new_tokens: MaxNewTokens = 64,
-    num_draft_tokens: NumDraftTokens = DEFAULTS.num_draft_tokens,
+    num_draft_tokens: NumDraftTokens = AUTO,
     temperature: Temperature = 0.0,
     rounds: Annotated[int, typer.Option(help="Timed rounds; medians are reported.")] = 5,
     json_file: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
@@ -149,6 +160,7 @@ def bench(
     from specdec import bench as benchmark
     from specdec.drafters.ngram import NgramDrafter
     from specdec.load import load
+    from specdec.machine import machine
     from specdec.picture import draw
 
     engine = load(model, draft=_drafters(draft), dtype=dtype, device=device)
@@ -158,14 +170,18 @@ def bench(
     }
     sizes = batch or [1, 8]
     prompts = _bench_prompts(engine.tokenizer, prompt_file, max(sizes))
-    settings = {"max_new_tokens": max_new_tokens, "num_draft_tokens": num_draft_tokens, "temperature": temperature}
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "num_draft_tokens": _draft_length(num_draft_tokens),
+        "temperature": temperature,
+    }
     methods = benchmark.own_methods(engine, drafters, **settings, seed=0)
     found = []
     for size in sizes:
         found += benchmark.compare(methods, prompts[:size], rounds=rounds, temperature=temperature)
     Console().print(benchmark.table(found, f"{model}, medians of {rounds} rounds"))
     if json_file is not None:
-        figures = {"machine": benchmark.machine(), "measurements": [m.as_dict() for m in found]}
+        figures = {"machine": machine(), "measurements": [m.as_dict() for m in found]}
         json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if picture is not None:
         draw(found, picture, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +15,7 @@ from specdec import bench
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
 from specdec.load import accepted_length, load
+from specdec.machine import cache_directory
 from specdec.picture import draw
 from specdec.text import TextStream
 from specdec.training.data import gather, held_out_prompts
@@ -25,11 +25,6 @@ from specdec.training.trainer import train
 
 BATCHES = (1, 8)
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 96, 3
-
-
-def cache_directory() -> Path:
-    """Where trained pairs are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "specdec"
 
 
 def fast_dtype_name() -> str:

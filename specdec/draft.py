@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -58,3 +60,25 @@ class Drafter(Protocol):
 
     def free(self, rows: int) -> None:
         """Only the first ``rows`` slots are still in use."""
+
+
+class Outlook(NamedTuple):
+    """What a drafter expects of its next draft, before making it.
+
+    survival [B, K]: the chance that a row's first 1 .. K tokens are all accepted, 0 past what it can propose;
+    runs_model [B]: whether a row's tokens cost passes of a model, one each, or nothing.
+    """
+
+    survival: NDArray[np.float64]
+    runs_model: NDArray[np.bool_]
+
+
+@runtime_checkable
+class Foresight(Protocol):
+    """A drafter that knows more of its next draft than how the last ones fared; others need not have this."""
+
+    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
+        """What to expect of up to ``most[b]`` tokens of each row; a ``propose`` that follows proposes just them.
+
+        ``price``: how many accepted tokens the time is worth that a model takes to draft one.
+        """

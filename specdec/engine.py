@@ -9,13 +9,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from specdec.control import FixedLength
+from specdec.control import Adaptive, Controller, FixedLength, Stopwatch
+from specdec.costs import Costs, read_costs, write_costs
 from specdec.draft import Draft, Drafter
 from specdec.encoded import encoded_requests
 from specdec.errors import ConfigError, GenerationError, SpecDecError
@@ -26,6 +28,9 @@ from specdec.sequences import Request, Row, Sequences, Step
 from specdec.stats import Stats
 from specdec.text import TextStream, decode
 from specdec.verify import RULES
+
+_KINDS = ("greedy", "sampled")
+_WRITE_SECONDS = 30.0  # at least between two writings of measured costs
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,13 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         eos_ids: frozenset[int] = frozenset(),
         vocab_size: int | None = None,
+        costs_file: Path | None = None,
     ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.limits = Limits(vocab_size or target.vocab_size, target.context, eos_ids)
         self.busy = False
+        self._costs_file, self._costs_written = costs_file, 0.0
+        self._controllers: dict[str, Adaptive] = {}
 
     def generate(
         self,
@@ -108,6 +116,25 @@ class Engine:
         """A run of requests made elsewhere; ``record`` keeps every row's logits and scores."""
         return Call(self, requests, settings, streaming=False, record=record)
 
+    def controller(self, num_draft_tokens: int | str, *, greedy: bool) -> Controller:
+        """What decides draft lengths; the one that measures is kept, apart for greedy calls and sampling."""
+        if self.drafter is None:
+            return FixedLength(0)
+        if isinstance(num_draft_tokens, int):
+            return FixedLength(num_draft_tokens)
+        if not self._controllers:
+            known = read_costs(self._costs_file) if self._costs_file is not None else {}
+            self._controllers = {name: Adaptive(known.get(name) or Costs()) for name in _KINDS}
+        return self._controllers[_KINDS[not greedy]]
+
+    def keep_costs(self) -> None:
+        """Write down what was measured, for other programs; not after every short call."""
+        now = time.monotonic()
+        if self._costs_file is None or not self._controllers or now - self._costs_written < _WRITE_SECONDS:
+            return
+        write_costs(self._costs_file, {name: control.costs for name, control in self._controllers.items()})
+        self._costs_written = now
+
     def _call(self, prompts: Prompts, attention_mask: Tensor | None, given: dict[str, Any], *, streaming: bool) -> Call:
         settings = Settings.of(given)
         if isinstance(self.target, EncoderDecoderLM):
@@ -133,17 +160,18 @@ class Call:
     ) -> None:
         self.engine, self.requests, self.settings = engine, requests, settings
         self.target, self.drafter = engine.target, engine.drafter
-        self.controller = FixedLength(settings.num_draft_tokens if self.drafter is not None else 0)
-        # All rules agree on one-hot laws, and this one does least.
         greedy = all(request.greedy for request in requests if isinstance(request, Request))
-        self.rule = RULES["coupled" if greedy else settings.rule]
+        self.controller = engine.controller(settings.num_draft_tokens, greedy=greedy)
+        # All rules agree on one-hot laws, and this one does least.
+        self.rule = RULES["coupled" if greedy else settings.rule_name]
         self.stats = Stats()
+        self.controller.decisions = self.stats.control
         self.plain_next = False
         self.sequences = Sequences(
             vocab_size=engine.limits.vocab_size,
             context=engine.limits.context,
             device=self.target.device,
-            coupled=settings.rule == "coupled",
+            coupled=settings.rule_name == "coupled",
             logprobs=settings.logprobs,
             record=record,
         )
@@ -172,6 +200,7 @@ class Call:
         finally:
             self._free(0)
             self.engine.busy = False
+            self.engine.keep_costs()
             self.stats.total_seconds = time.perf_counter() - started
             self.stats.verify_seconds = self.target.forward_seconds - forward - self.stats.prefill_seconds
             self.stats.draft_seconds = getattr(self.drafter, "forward_seconds", 0.0) - drafting
@@ -180,11 +209,8 @@ class Call:
     def _step(self) -> Step:
         sequences, drafter = self.sequences, self.drafter
         sequences.begin_step()
-        lengths = [0] * len(sequences) if self.plain_next else self.controller.choose(sequences)
-        if drafter is not None and any(lengths):
-            draft = drafter.propose(sequences, lengths)
-        else:
-            draft = Draft.empty(len(sequences), sequences.device)
+        watch = Stopwatch()
+        draft, draft_seconds = self._propose()
         logits = sequences.fit(self.target.append(torch.cat([sequences.last_tokens, draft.tokens], dim=1)))
         laws = sequences.laws(logits, draft)
         verdict = self.rule(laws, draft, sequences.randomness)
@@ -196,7 +222,20 @@ class Call:
         if drafter is not None:
             drafter.observe(step)
         self._count(step)
+        self.controller.observe(step, draft_seconds, watch.lap() - draft_seconds)
         return step
+
+    def _propose(self) -> tuple[Draft, float]:
+        """A draft, and the seconds it took if a model made it; lookups count as part of the step."""
+        sequences, drafter = self.sequences, self.drafter
+        if drafter is None or self.plain_next:
+            return Draft.empty(len(sequences), sequences.device), 0.0
+        lengths = self.controller.choose(sequences, drafter)
+        if not any(lengths):
+            return Draft.empty(len(sequences), sequences.device), 0.0
+        watch, forward = Stopwatch(), getattr(drafter, "forward_seconds", 0.0)
+        draft = drafter.propose(sequences, lengths)
+        return draft, watch.lap() if getattr(drafter, "forward_seconds", 0.0) > forward else 0.0
 
     @torch.inference_mode()
     def _admit(self) -> None:
@@ -258,8 +297,9 @@ class Call:
             return
         rows = min(self.settings.max_batch_size, len(self.rows))
         longest = max(row.request.max_length for row in self.rows.values())
-        length = longest + self.settings.num_draft_tokens + 1
-        self.target.reserve(rows, min(length, self.target.context + self.settings.num_draft_tokens + 1))
+        drafted = self.settings.most_draft_tokens + 1
+        length = longest + drafted
+        self.target.reserve(rows, min(length, self.target.context + drafted))
         if self.drafter is not None:
             self.drafter.reserve(rows, length)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from specdec.errors import CheckpointError, ConfigError, ModelError, VocabularyE
 from specdec.lm.base import CachedLM
 from specdec.lm.hf import hf_lm
 from specdec.lm.native import NativeLM
+from specdec.machine import cache_directory, machine
 from specdec.nn.gpt import GPT, state_from_hf, why_unsupported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,7 +73,28 @@ def load(
     tokenizer = tokenizer or find_tokenizer(target)
     vocab_size = _real_vocab_size(target_lm, tokenizer)
     drafter = _load_drafter(draft, target_lm, tokenizer, wanted, place, vocab_size)
-    return Engine(target_lm, drafter, tokenizer=tokenizer, eos_ids=_eos_ids(target, target_lm), vocab_size=vocab_size)
+    return Engine(
+        target_lm, drafter, tokenizer=tokenizer, eos_ids=_eos_ids(target, target_lm), vocab_size=vocab_size,
+        costs_file=costs_file(target_lm, drafter),
+    )  # fmt: skip
+
+
+def costs_file(target: CachedLM, drafter: Drafter | None) -> Path:
+    """Where measurements of these models on this machine are kept."""
+    drafting = getattr(drafter, "model", drafter)
+    found = [machine(), _description(target), type(drafter).__name__, _description(getattr(drafting, "lm", None))]
+    name = hashlib.sha256(json.dumps(found, default=str).encode()).hexdigest()[:16]
+    return cache_directory() / "costs" / f"{name}.json"
+
+
+def _description(lm: CachedLM | None) -> list[Any]:
+    """What the cost of a model's passes depends on."""
+    model = getattr(lm, "model", None)
+    config = getattr(model, "config", None)
+    if lm is None:
+        return []
+    shape = config.to_dict() if config is not None else None
+    return [type(model).__name__, lm.mechanism, lm.vocab_size, str(lm.dtype), str(lm.device), shape]
 
 
 def load_lm(model: ModelLike, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> CachedLM:

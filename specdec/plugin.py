@@ -25,7 +25,7 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from specdec.control import DEFAULT_DRAFT_TOKENS
+from specdec.control import AUTO
 from specdec.draft import Drafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
@@ -33,7 +33,7 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError, PromptError
 from specdec.lm.base import CachedLM
-from specdec.load import check_same_vocabulary, load_lm
+from specdec.load import check_same_vocabulary, costs_file, load_lm
 from specdec.processors import Processing, split
 from specdec.requests import Settings
 from specdec.sampling import MAX_DRAFT_TOKENS, Filters
@@ -75,8 +75,8 @@ class Door:
         call_streamer: BaseStreamer | None = None,
         inputs_tensor: Tensor | None = None,
         draft: PreTrainedModel | Drafter | None = None,
-        num_draft_tokens: int | None = None,
-        rule: str = "block",
+        num_draft_tokens: int | str | None = None,
+        rule: str = "coupled",
         seed: int | None = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
@@ -103,7 +103,9 @@ class Door:
         )
         settings = Settings(num_draft_tokens=count, rule=rule, max_batch_size=max(1, len(requests)))
         keep = config.return_dict_in_generate and (config.output_scores or config.output_logits)
-        call = Engine(target, drafter).call(list(requests), settings, record=bool(keep))
+        call = Engine(target, drafter, costs_file=costs_file(target, drafter)).call(
+            list(requests), settings, record=bool(keep)
+        )
         rows = [call.rows[index] for index in range(len(requests))]
         pad = _pad_token(config)
         columns = _Columns(streamer or call_streamer, rows, pad)
@@ -197,7 +199,7 @@ def _drafter(
     return HybridDrafter(draft, lookup) if config.prompt_lookup_num_tokens is not None else draft
 
 
-def _count(config: GenerationConfig, assistant: PreTrainedModel | None) -> int:
+def _count(config: GenerationConfig, assistant: PreTrainedModel | None) -> int | str:
     """How many tokens to draft: what the call or the assistant names, as far as it differs from the library default."""
     if config.prompt_lookup_num_tokens is not None:
         return min(int(config.prompt_lookup_num_tokens), MAX_DRAFT_TOKENS)
@@ -205,7 +207,7 @@ def _count(config: GenerationConfig, assistant: PreTrainedModel | None) -> int:
     for count in (config.num_assistant_tokens, own):
         if count is not None and count != HF_DRAFT_TOKENS:
             return min(int(count), MAX_DRAFT_TOKENS)
-    return DEFAULT_DRAFT_TOKENS
+    return AUTO
 
 
 def _requests(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from specdec.control import DEFAULT_DRAFT_TOKENS
+from specdec.control import AUTO, MOST_DRAFT_TOKENS
 from specdec.errors import ConfigError, PromptError, SpecDecError
 from specdec.sampling import MAX_DRAFT_TOKENS, SamplingParams
 from specdec.sequences import Request
@@ -37,8 +37,10 @@ class Settings:
     stop: strings that end a row; the text ends before the string, the token ids with the token that completed it.
     eos_token_id: one or several ids; "model" takes the model's own, None has none.
     logprobs: also return the target's log-probability (before filters) of every new token.
-    num_draft_tokens: how many tokens to draft per step; 0 is plain decoding.
-    rule: "block" (accepts most), "rejection", or "coupled" (the text of a seed equals plain sampling with it).
+    num_draft_tokens: how many tokens to draft per step; 0 is plain decoding, "auto" what measurements of this machine,
+        these models and this text promise most of.
+    rule: "block" (accepts most), "rejection", "coupled" (the text of a seed equals plain sampling with it, whatever was
+        drafted), or "auto": "coupled" with a seed, "block" without.
     max_batch_size: rows decoded at a time; others wait and join as rows finish.
     context: what happens to a row that outgrows the model's context: "stop" ends it (reason "length"), "slide" keeps
         its most recent tokens.
@@ -57,25 +59,40 @@ class Settings:
     stop: str | Sequence[str] = ()
     eos_token_id: int | Sequence[int] | str | None = "model"
     logprobs: bool = False
-    num_draft_tokens: int = DEFAULT_DRAFT_TOKENS
-    rule: str = "block"
+    num_draft_tokens: int | str = AUTO
+    rule: str = AUTO
     max_batch_size: int = 32
     context: str = "stop"
     on_error: str = "raise"
 
     def __post_init__(self) -> None:
-        _choice("rule", self.rule, list(RULES))
+        _choice("rule", self.rule, [AUTO, *RULES])
         _choice("context", self.context, ["stop", "slide"])
         _choice("on_error", self.on_error, ["raise", "return"])
         _count("n", self.n, 1)
         _count("max_batch_size", self.max_batch_size, 1)
-        _count("num_draft_tokens", self.num_draft_tokens, 0, MAX_DRAFT_TOKENS)
+        if isinstance(self.num_draft_tokens, str):
+            _choice("num_draft_tokens", self.num_draft_tokens, [AUTO, f"0 to {MAX_DRAFT_TOKENS}"])
+        else:
+            _count("num_draft_tokens", self.num_draft_tokens, 0, MAX_DRAFT_TOKENS)
         if not isinstance(self.logprobs, bool):
             raise ConfigError(f"logprobs must be True or False, got {self.logprobs!r}")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
         if not isinstance(stops, Sequence) or not all(isinstance(stop, str) and stop for stop in stops):
             raise ConfigError(f"stop must be a non-empty string or several, got {self.stop!r}")
         object.__setattr__(self, "stop", tuple(stops))
+
+    @property
+    def most_draft_tokens(self) -> int:
+        """The longest draft there may be."""
+        return self.num_draft_tokens if isinstance(self.num_draft_tokens, int) else MOST_DRAFT_TOKENS
+
+    @property
+    def rule_name(self) -> str:
+        """The acceptance rule, chosen if it was left open."""
+        if self.rule != AUTO:
+            return self.rule
+        return "block" if self.seed is None else "coupled"
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:

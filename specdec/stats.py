@@ -8,8 +8,35 @@ from itertools import zip_longest
 
 
 @dataclass
+class Decisions:
+    """How often each draft length was chosen, and what was expected of the last choice.
+
+    lengths: tokens of the longest draft -> steps. probes: steps that drafted only to see whether it pays. expected and
+    plain: tokens per second that the last choice and plain decoding promised.
+    """
+
+    lengths: dict[int, int] = field(default_factory=dict)
+    probes: int = 0
+    expected: float = 0.0
+    plain: float = 0.0
+
+    def __add__(self, other: Decisions) -> Decisions:
+        """Both runs, one after the other."""
+        lengths = {n: self.lengths.get(n, 0) + other.lengths.get(n, 0) for n in self.lengths | other.lengths}
+        return Decisions(lengths, self.probes + other.probes, other.expected, other.plain)
+
+    def __str__(self) -> str:
+        steps = ", ".join(f"{length}: {count}" for length, count in sorted(self.lengths.items()))
+        gain = f"; last {self.expected / self.plain:.2f}x plain expected" if self.plain else ""
+        return f"{steps} steps, {self.probes} of them probes{gain}"
+
+
+@dataclass
 class Stats:
-    """What a run did. Seconds are wall-clock; rates are pooled over rows and steps, never means of ratios."""
+    """What a run did. Seconds are wall-clock; rates are pooled over rows and steps, never means of ratios.
+
+    ``control`` says which draft lengths were used and why.
+    """
 
     num_requests: int = 0
     num_prompt_tokens: int = 0
@@ -25,6 +52,7 @@ class Stats:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     total_seconds: float = 0.0
+    control: Decisions = field(default_factory=Decisions)
 
     def count_row(self, drafted: int, accepted: int, committed: int) -> None:
         """Add one row's part of one step: tokens proposed, kept, and entered into the text."""
@@ -106,5 +134,6 @@ class Stats:
             ("mean acceptance length", f"{self.mean_acceptance_length:.2f}"),
             ("acceptance rate", f"{self.acceptance_rate:.1%} ({self.num_accepted_tokens}/{self.num_draft_tokens})"),
             ("acceptance by position", positions or "-"),
+            ("draft lengths", str(self.control)),
             ("seconds", f"{self.total_seconds:.2f} ({seconds})"),
         ]

@@ -16,11 +16,11 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # Lowest first. A module may import those of lower layers and of its own; a package stands for all its modules.
 LAYERS = [
-    ["errors"],
+    ["errors", "machine"],
     ["sampling"],
     ["processors"],
     ["draft"],
-    ["verify", "stats", "lm.cache", "lm.base", "nn", "text"],
+    ["verify", "stats", "lm.cache", "lm.base", "nn", "text", "costs"],
     ["lm"],
     ["sequences"],
     ["control"],

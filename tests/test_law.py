@@ -285,7 +285,7 @@ def test_the_test_notices_reused_accept_uniforms(
 def test_the_test_notices_the_targets_noise_in_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Right for the coupled rule, wrong for the others: a correction would be drawn with the draft's own numbers."""
     monkeypatch.setattr("specdec.engine.Sequences", lambda **given: Sequences(**{**given, "coupled": True}))
-    assert alarm(sample(DRAFTERS["model"](), ONE, rule="block"), ONE) < ALPHA
+    assert alarm(sample(DRAFTERS["model"](), ONE, rule="block", num_draft_tokens=4), ONE) < ALPHA
 
 
 # Acceptance.

@@ -321,7 +321,7 @@ def test_padding_of_the_head_is_never_generated(ours: int, theirs: int, tmp_path
     found = specdec.load(target, draft=draft)
     assert found.limits.vocab_size == 60 and isinstance(found.drafter, ModelDrafter)
     for rule in ("block", "rejection", "coupled"):
-        output = found.generate(prompts, max_new_tokens=40, rule=rule, logprobs=True)
+        output = found.generate(prompts, max_new_tokens=40, rule=rule, logprobs=True, num_draft_tokens=4)
         assert output.token_ids == plain.token_ids and output.stats.acceptance_rate == 1
         sampled = found.generate(prompts, max_new_tokens=40, rule=rule, temperature=1.5, seed=0)
         assert max(map(max, sampled.token_ids)) < 60

@@ -231,7 +231,8 @@ def texts(drafter: str, rows: Sequence[int], settings: dict[str, Any] = SETTINGS
     """The texts of some of the prompts, in the order of ``rows``."""
     chosen = {name: [column[i] for i in rows] for name, column in settings.items()}
     seeds = [SEEDS[i] for i in rows]
-    return engine(drafter).generate([PROMPTS[i] for i in rows], seed=seeds, **chosen, **more).token_ids
+    given = {"num_draft_tokens": 4, **chosen, **more}
+    return engine(drafter).generate([PROMPTS[i] for i in rows], seed=seeds, **given).token_ids
 
 
 def depends_on_its_neighbours(drafter: str, rule: str) -> bool:
@@ -297,6 +298,16 @@ def test_coupled_text_equals_plain_text_for_a_seed(drafter: str, num_draft_token
     assert texts(drafter, range(7), rule="coupled", num_draft_tokens=num_draft_tokens, max_batch_size=4) == plain
 
 
+@pytest.mark.parametrize("drafter", list(DRAFTERS))
+def test_with_a_seed_chosen_draft_lengths_change_nothing(drafter: str) -> None:
+    """Nobody named a rule: the text is plain decoding's, however long the drafts were, in any batch, again and again."""
+    plain = texts("none", range(7))
+    found = engine(drafter)
+    for size in (1, 3, 7, 3):
+        chosen = {name: list(column) for name, column in SETTINGS.items()}
+        assert found.generate(PROMPTS, seed=SEEDS, max_batch_size=size, **chosen).token_ids == plain
+
+
 @every_rule
 def test_without_drafts_every_rule_gives_the_plain_text(rule: str) -> None:
     assert texts("model", range(7), rule=rule, num_draft_tokens=0) == texts("none", range(7))
@@ -308,6 +319,7 @@ def test_the_same_seed_gives_the_same_text_again(drafter: str, rule: str) -> Non
     """Also the second call of one engine."""  # CASES 57, 61
     found = engine(drafter)
     settings: dict[str, Any] = {"seed": 7, "n": 3, "rule": rule, "temperature": 1.0, "max_new_tokens": 16}
+    settings |= {"num_draft_tokens": 4}
     first, second = (found.generate(PROMPTS, **settings).token_ids for _ in range(2))
     assert first == second == engine(drafter).generate(PROMPTS, **settings).token_ids
     assert first != found.generate(PROMPTS, **{**settings, "seed": 1000}).token_ids

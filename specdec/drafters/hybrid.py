@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from specdec.control import Acceptance
-from specdec.draft import Draft, Drafter
-from specdec.drafters.ngram import LONGEST_MATCH, Guess, NgramDrafter, padded
-from specdec.sampling import one_hot
-from specdec.sequences import Row, Sequences, Step
+from specdec.control import MOST_DRAFT_TOKENS, Experience
+from specdec.draft import Draft, Drafter, Outlook
+from specdec.drafters.ngram import NgramDrafter
+from specdec.sampling import MAX_DRAFT_TOKENS, one_hot
+from specdec.sequences import Sequences, Step
 
-# What is believed before a row has shown anything: acceptance of a lookup by matched tokens, and of the model.
-_LOOKUP_PRIOR = [0.0, 0.15, 0.35, 0.5, 0.6, 0.7, 0.75, 0.8]
-_MODEL_PRIOR = 0.6
-
-
-@dataclass
-class _Record:
-    """How well each way to guess has done for a row."""
-
-    lookup: list[Acceptance] = field(
-        default_factory=lambda: [
-            Acceptance(_LOOKUP_PRIOR[min(n, len(_LOOKUP_PRIOR) - 1)]) for n in range(LONGEST_MATCH + 1)
-        ]
-    )
-    model: Acceptance = field(default_factory=lambda: Acceptance(_MODEL_PRIOR))
+_MODEL_PRIOR = 0.6  # chance that a token of the model is accepted, before anything was seen
 
 
 class HybridDrafter:
     """Asks the lookup first; rows whose guess promises less than the model's draft are drafted by the model.
 
-    Where no row needs the model it does not run at all. A row is judged by its own past alone, so that its neighbours
-    change nothing.
+    Where no row needs the model it does not run at all. Unless a controller asks for the ``outlook``, a row is judged by
+    its own past alone, so that its neighbours change nothing.
     """
 
     def __init__(self, model: Drafter, lookup: NgramDrafter) -> None:
         self.model, self.lookup = model, lookup
-        self._records: dict[int, _Record] = {}
-        self._guesses: list[Guess] = []
+        self.experience = Experience([_MODEL_PRIOR] * MAX_DRAFT_TOKENS)
+        self._looks_up: NDArray[np.bool_] | None = None  # which rows the lookup speaks for in the step under way
         self._asked_model = False
 
     @property
@@ -51,32 +39,35 @@ class HybridDrafter:
         self.model.reserve(rows, length)
         self.lookup.reserve(rows, length)
 
+    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
+        survival = self._weigh(sequences, most, price, pooled=True)
+        return Outlook(survival[:, :MOST_DRAFT_TOKENS], ~self._spoken_for())
+
     def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
-        pairs = list(zip(sequences.rows, lengths, strict=True))
-        self._guesses = [self._better_guess(row, count) for row, count in pairs]
-        left = [0 if guess.matched else count for guess, (_, count) in zip(self._guesses, pairs, strict=True)]
-        self._asked_model = any(left)
-        looked_up = Draft(*padded([guess.tokens for guess in self._guesses], sequences.device))
+        if self._looks_up is None:
+            self._weigh(sequences, lengths, 0.0, pooled=False)
+        looks_up = self._spoken_for().tolist()
+        by_lookup = [length if looked else 0 for length, looked in zip(lengths, looks_up, strict=True)]
+        by_model = [0 if looked else length for length, looked in zip(lengths, looks_up, strict=True)]
+        found = self.lookup.propose(sequences, by_lookup)
+        self._asked_model = any(by_model)
         if not self._asked_model:
-            return looked_up
-        drafted = self.model.propose(sequences, left)
-        return _merged(looked_up, drafted, sequences) if looked_up.tokens.shape[1] else drafted
+            return found
+        drafted = self.model.propose(sequences, by_model)
+        return _merged(found, drafted, sequences) if found.tokens.shape[1] else drafted
 
     def observe(self, step: Step) -> None:
         """Judge the guesses; the model has read none of what the lookup proposed."""
-        accepted_of_model = list(step.accepted)
-        for b, guess in enumerate(self._guesses):  # none in a step of plain decoding
-            record = self._records[step.rows[b].id]
-            judged = record.lookup[guess.matched] if guess.matched else record.model
-            judged.count(step.drafted[b], step.accepted[b])
-            if guess.matched:
-                accepted_of_model[b] = 0
-        self.lookup.observe(step)
+        looks_up = [False] * len(step.rows) if self._looks_up is None else self._looks_up.tolist()
         if self._asked_model:
-            self.model.observe(replace(step, accepted=accepted_of_model))
-        for slot in step.finished:
-            self._records.pop(step.rows[slot].id, None)
-        self._guesses, self._asked_model = [], False
+            accepted = [0 if looked else n for n, looked in zip(step.accepted, looks_up, strict=True)]
+            self.model.observe(replace(step, accepted=accepted))
+        for b, row in enumerate(step.rows):
+            if step.drafted[b] and not looks_up[b]:
+                self.experience.count_chain(row.id, step.drafted[b], step.accepted[b])
+        self.experience.forget(step.rows[slot].id for slot in step.finished)
+        self.lookup.observe(step)
+        self._looks_up, self._asked_model = None, False
 
     def copy(self, source: int, target: int, length: int | None = None) -> None:
         self.model.copy(source, target, length)
@@ -86,14 +77,27 @@ class HybridDrafter:
         self.model.free(rows)
         self.lookup.free(rows)
         if rows == 0:
-            self._records.clear()
+            self.experience.forget(list(self.experience))
+            self._looks_up, self._asked_model = None, False
 
-    def _better_guess(self, row: Row, count: int) -> Guess:
-        """What the lookup found, if it promises at least what the model does."""
-        guess = self.lookup.guess(row, count)
-        record = self._records.setdefault(row.id, _Record())
-        promised = record.lookup[guess.matched].expected(len(guess.tokens))
-        return guess if guess.matched and promised >= record.model.expected(count) else Guess([], 0)
+    def _weigh(self, sequences: Sequences, most: list[int], price: float, *, pooled: bool) -> NDArray[np.float64]:
+        """Let the lookup speak for rows where its guess promises at least what the model's draft is worth.
+
+        Each token of the model costs ``price``. Returns the survival of the better of both, [B, K].
+        """
+        rows = sequences.rows
+        self.lookup.look(rows, most)
+        width = max(most, default=0)
+        looked_up = self.lookup.survival(rows, width, pooled=pooled)
+        drafted = self.experience.rates([row.id for row in rows], pooled=pooled)[:, :width].cumprod(1)
+        drafted[np.arange(width) >= np.array(most)[:, None]] = 0
+        better = looked_up.sum(1) >= (drafted - price).clip(min=0).sum(1)
+        self._looks_up = better & np.array([guess.matched > 0 for guess in self.lookup.guesses])
+        return np.where(self._looks_up[:, None], looked_up, drafted)
+
+    def _spoken_for(self) -> NDArray[np.bool_]:
+        assert self._looks_up is not None
+        return self._looks_up
 
 
 def _merged(looked_up: Draft, drafted: Draft, sequences: Sequences) -> Draft:
@@ -106,7 +110,6 @@ def _merged(looked_up: Draft, drafted: Draft, sequences: Sequences) -> Draft:
     if drafted.probs is None:
         return Draft(tokens, lengths)
     certain = one_hot(tokens, sequences.vocab_size).to(drafted.probs.dtype)
-    certain[:, : drafted.probs.shape[1]] = torch.where(
-        is_looked_up.unsqueeze(-1), certain[:, : drafted.probs.shape[1]], drafted.probs
-    )
+    known = drafted.probs.shape[1]
+    certain[:, :known] = torch.where(is_looked_up.unsqueeze(-1), certain[:, :known], drafted.probs)
     return Draft(tokens, lengths, certain)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK = 64  # live lengths are rounded up to it: kernels are prepared per shape, which may take as long as a small pass
+
 
 class RaggedCache:
     """Buffers [rows, heads, capacity, head size] per layer, and the view of them that one forward pass uses.
@@ -33,8 +35,8 @@ class RaggedCache:
     def begin(self, lengths: list[int], new_tokens: int, first: int) -> None:
         """Open a pass over rows ``first, first + 1, ...`` that hold ``lengths`` tokens and get ``new_tokens`` more."""
         self.first, self.last = first, first + len(lengths)
-        self.live = max(lengths) + new_tokens
-        self.reserve(self.last, self.live)
+        self.reserve(self.last, max(lengths) + new_tokens)
+        self.live = min(-(-(max(lengths) + new_tokens) // BLOCK) * BLOCK, self.capacity)
         starts = torch.tensor(lengths, device=self.device).unsqueeze(1)
         self.positions = starts + torch.arange(new_tokens, device=self.device)
         self._slots: dict[tuple[int, torch.device], Tensor] = {}

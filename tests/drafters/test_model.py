@@ -142,10 +142,11 @@ def test_windows_of_the_draft_always_leave_a_token_to_read() -> None:
 def test_a_prompts_samples_share_the_drafts_prefill_too() -> None:
     lm = Counting(random_table(7, 1), context=256)
     found = Engine(TableLM(random_table(7, 2), context=256), ModelDrafter(lm))
-    found.generate([list(range(7)) * 10], n=8, max_new_tokens=30, temperature=1.0, max_batch_size=1, seed=0)
+    given = {"seed": 0, "num_draft_tokens": 4}
+    found.generate([list(range(7)) * 10], n=8, max_new_tokens=30, temperature=1.0, max_batch_size=1, **given)
     alone = sum(lm.reads)
     lm.reads.clear()
-    found.generate([list(range(7)) * 10], n=8, max_new_tokens=30, temperature=1.0, max_batch_size=4, seed=0)
+    found.generate([list(range(7)) * 10], n=8, max_new_tokens=30, temperature=1.0, max_batch_size=4, **given)
     assert sum(lm.reads) < alone  # rows that join a live sample find its prompt read
 
 

@@ -94,7 +94,9 @@ def test_the_text_is_transformers(name: str) -> None:
     texts = expected(name, model)
     for draft in (None, "ngram", noisy(model, 0.02), model, tiny_gpt(3)):
         for rows in (1, 2, 3):
-            output = specdec.generate(model, prompts(name), draft=draft, max_new_tokens=NEW, max_batch_size=rows)
+            output = specdec.generate(
+                model, prompts(name), draft=draft, max_new_tokens=NEW, max_batch_size=rows, num_draft_tokens=4
+            )
             assert output.token_ids == texts
         if draft is model:
             assert output.stats.acceptance_rate == 1
