@@ -1,0 +1,187 @@
+"""Draft lengths are chosen by what passes cost and how drafts fare, and what was measured is remembered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from specdec import Engine
+from specdec.control import MOST_DRAFT_TOKENS, Adaptive, Experience
+from specdec.costs import Costs, read_costs, write_costs
+from specdec.draft import Outlook
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.ngram import NgramDrafter
+from toys import TableLM, native, noisy, random_table, tiny_gpt
+
+
+class World:
+    """A machine with given costs and a drafter with a given chance of acceptance; time is counted, not spent."""
+
+    def __init__(self, *, rows: int = 1, accepted: float = 0.7, draft: float = 0.05, token: float = 0.02) -> None:
+        self.rows, self.accepted, self.draft, self.token = rows, accepted, draft, token
+        self.controller = Adaptive(Costs())
+        self.random = np.random.default_rng(0)
+        self.sequences: Any = SimpleNamespace(rows=[SimpleNamespace(id=i) for i in range(rows)])
+        self.sequences.draft_limits = lambda: [100] * rows
+        self.seconds, self.tokens = 0.0, 0
+        self.lengths: list[int] = []
+
+    def pass_seconds(self, width: int) -> float:
+        return 1.0 + self.token * self.rows * (width - 1)
+
+    def step(self) -> None:
+        lengths = self.controller.choose(self.sequences, SimpleNamespace())  # type: ignore[arg-type]
+        assert all(0 <= length <= MOST_DRAFT_TOKENS for length in lengths)
+        accepted = [int((self.random.random(n) < self.accepted).cumprod().sum()) for n in lengths]
+        width = max(lengths)
+        done = SimpleNamespace(
+            rows=self.sequences.rows, drafted=lengths, accepted=accepted, committed=[n + 1 for n in accepted], finished=[]
+        )
+        drafting, verifying = width * self.draft, self.pass_seconds(width + 1)
+        self.controller.observe(done, drafting, verifying)  # type: ignore[arg-type]
+        self.seconds += drafting + verifying
+        self.tokens += sum(done.committed)
+        self.lengths.append(width)
+
+    def run(self, steps: int) -> float:
+        """Tokens per second of the last ``steps`` steps."""
+        self.seconds, self.tokens, self.lengths = 0.0, 0, []
+        for _ in range(steps):
+            self.step()
+        return self.tokens / self.seconds
+
+    def fixed(self, length: int) -> float:
+        """Tokens per second that a draft length is worth."""
+        gained = sum(self.accepted**i for i in range(1, length + 1))
+        return self.rows * (1 + gained) / (length * self.draft + self.pass_seconds(length + 1))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32])
+@pytest.mark.parametrize("accepted", [0.05, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize(("draft", "token"), [(0.02, 0.01), (0.2, 0.02), (0.05, 0.2)])
+def test_no_fixed_length_is_much_faster(rows: int, accepted: float, draft: float, token: float) -> None:
+    world = World(rows=rows, accepted=accepted, draft=draft, token=token)
+    world.run(100)
+    best = max(world.fixed(length) for length in range(MOST_DRAFT_TOKENS + 1))
+    assert world.run(600) > 0.94 * best
+    assert world.run(600) > 0.97 * world.fixed(0)  # never slower than plain decoding
+
+
+def test_a_controller_that_believes_in_every_draft_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: acceptance is not learned; a useless draft then costs."""
+    monkeypatch.setattr(Experience, "count", lambda *given: None)
+    world = World(accepted=0.05, draft=0.2)
+    assert world.run(200) < 0.9 * world.fixed(0)
+
+
+def test_it_notices_when_drafting_pays_again() -> None:
+    world = World(accepted=0.0, draft=0.1)
+    world.run(1500)
+    assert world.lengths.count(0) > 0.95 * 1500 and world.controller.decisions.probes > 0
+    world.accepted = 0.9
+    world.run(1500)
+    assert world.run(200) > 0.9 * max(world.fixed(length) for length in range(MOST_DRAFT_TOKENS + 1))
+
+
+def test_a_slow_first_measurement_is_forgotten() -> None:
+    """As passes of shapes that were never run are slow."""
+    world = World(accepted=0.8)
+    usual = world.pass_seconds
+    world.pass_seconds = lambda width: 3.0 if width > 1 and world.tokens < 30 else usual(width)  # type: ignore[method-assign]
+    world.run(1500)
+    assert world.run(300) > 0.94 * max(world.fixed(length) for length in range(MOST_DRAFT_TOKENS + 1))
+
+
+def test_drafts_that_cost_nothing_are_made_where_a_models_do_not_pay() -> None:
+    """Two rows: a lookup is sure of the first, a model's slow passes would serve the second."""
+
+    class Both:
+        def outlook(self, sequences: Any, most: list[int], price: float) -> Outlook:
+            assert price >= 0
+            return Outlook(np.array([[0.9, 0.8, 0.7], [0.5, 0.25, 0.12]]), np.array([False, True]))
+
+        propose = None
+
+    world = World(rows=2)
+    costs = world.controller.costs
+    for seconds, width in ((1.0, 1), (1.05, 2), (1.1, 4)):
+        for _ in range(2):
+            costs.count_pass(2, width, seconds)
+    costs.count_draft(2, 5.0)
+    assert world.controller.choose(world.sequences, Both()) == [3, 0]  # type: ignore[arg-type]
+    cheap = World(rows=2)
+    cheap.controller.costs = Costs.from_dict(costs.as_dict())
+    for _ in range(5):
+        cheap.controller.costs.count_draft(2, 0.001)
+    assert cheap.controller.choose(cheap.sequences, Both()) == [3, 3]  # type: ignore[arg-type]
+
+
+def test_what_came_last_counts_most_and_rows_differ() -> None:
+    experience = Experience([0.5] * 4)
+    assert experience.rates([7]).tolist() == [[0.5] * 4]
+    for _ in range(100):
+        experience.count_chain(1, 4, 4)
+        experience.count_chain(2, 4, 0)  # one token was tried and refused, three were never looked at
+    good, bad, new = experience.rates([1, 2, 3])
+    assert good.min() > 0.9 and bad[0] < 0.25 and 0.4 < new[0] < 0.6 and new[1] > 0.9
+    assert experience.rates([3], pooled=False).tolist() == [[0.5] * 4]
+    for _ in range(60):
+        experience.count_chain(1, 4, 0)
+    assert experience.rates([1])[0, 0] < 0.2
+    experience.count_chain(1, 0, 0)
+    experience.forget([1, 2, 99])
+    assert list(experience) == []
+
+
+def test_costs_are_interpolated_and_kept(tmp_path: Path) -> None:
+    costs = Costs()
+    assert not costs.knows(8, 1) and costs.draft(8) == 0
+    for seconds in (5.0, 1.0, 1.1, 1.0):  # the first was disturbed
+        costs.count_pass(8, 1, seconds)
+    for _ in range(2):
+        costs.count_pass(7, 5, 2.0)  # 7 rows count as 8
+        costs.count_draft(8, 0.25)
+    assert costs.knows(8, 1) and costs.knows_wider(8) and not costs.knows(1, 1)
+    assert costs.passes(8, 8).tolist() == [1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0]
+    assert costs.draft(8) == costs.draft(1000) == 0.25
+    file = tmp_path / "costs" / "x.json"
+    write_costs(file, {"greedy": costs})
+    again = read_costs(file)["greedy"]
+    assert again.passes(8, 8).tolist() == costs.passes(8, 8).tolist() and again.draft(8) == 0.25
+    for damage in ("", "{", "[]", '{"greedy": 3}', '{"greedy": {"passes": {"a": 1}}}'):
+        file.write_text(damage)
+        assert read_costs(file) == {}
+    assert read_costs(tmp_path / "none.json") == {}
+
+
+@pytest.mark.parametrize("drafter", ["model", "ngram"])
+def test_an_engine_learns_writes_and_explains(tmp_path: Path, drafter: str) -> None:
+    file = tmp_path / "costs.json"
+    gpt = tiny_gpt(0)
+    drafters = {"model": lambda: ModelDrafter(native(noisy(gpt, 0.01))), "ngram": NgramDrafter}
+    engine = Engine(native(gpt), drafters[drafter](), costs_file=file)
+    plain = engine.generate([[1, 2, 3], [4]], max_new_tokens=60, num_draft_tokens=0)
+    assert not file.exists() and plain.stats.control.lengths == {0: 60}
+    output = engine.generate([[1, 2, 3], [4]], max_new_tokens=60)
+    assert output.token_ids == plain.token_ids
+    assert sum(output.stats.control.lengths.values()) == output.stats.num_target_passes
+    assert "draft lengths" in str(output.stats) and "plain expected" in str(output.stats.control)
+    assert read_costs(file)["greedy"].knows(2, 1)
+    fixed = engine.generate([[1, 2, 3], [4]], max_new_tokens=60, num_draft_tokens=2)
+    assert set(fixed.stats.control.lengths) <= {0, 1, 2} and fixed.token_ids == plain.token_ids
+    total = (fixed.stats + plain.stats).control
+    assert total.lengths[0] == fixed.stats.control.lengths.get(0, 0) + 60
+
+
+def test_guesses_that_were_not_proposed_are_judged_too() -> None:
+    """So that a lookup which does not pay is noticed when it begins to."""
+    drafter = NgramDrafter()
+    engine = Engine(TableLM(random_table(6, seed=3), context=512), drafter)
+    engine.controller("auto", greedy=True)._unmeasured = lambda most: (0, True)  # type: ignore[attr-defined]
+    output = engine.generate([[1, 2, 1, 2]], max_new_tokens=200)
+    assert output.stats.num_draft_tokens == 0
+    assert drafter.experience.rates([-1])[0].max() > 0.9
