@@ -37,19 +37,28 @@ class Experience:
     """How often guesses of N kinds (positions of a draft, say) were right, by row and in all; the latest count most.
 
     ``rates`` of a row begin as those of all rows (``pooled``) or as fixed ones, for drafts that must not depend on a
-    row's neighbours.
+    row's neighbours. In a ``chain`` a kind of which little is known is believed to be like the one before it.
     """
 
-    def __init__(self, priors: Sequence[float]) -> None:
-        self.priors = np.array(priors, dtype=float)
+    def __init__(self, priors: Sequence[float], *, chain: bool = False) -> None:
+        self.priors, self._chain = np.array(priors, dtype=float), chain
         self._nothing = np.zeros((2, len(priors)))  # right, tried
         self._common = self._nothing.copy()
         self._rows: dict[int, Table] = {}
 
     def rates(self, ids: Sequence[int], *, pooled: bool = True) -> Table:
         """The chance that the next guess of each kind is right, for every row, [B, N]."""
-        prior = _rate(self._common, self.priors) if pooled else self.priors
+        prior = self._common_rates() if pooled else self.priors
         return _rate(np.array([self._rows.get(row, self._nothing) for row in ids]), prior)
+
+    def _common_rates(self) -> Table:
+        if not self._chain:
+            return _rate(self._common, self.priors)
+        rates, before = [], float(self.priors[0])
+        for right, tried in self._common.T.tolist():
+            before = (right + _EVIDENCE * before) / (tried + _EVIDENCE)
+            rates.append(before)
+        return np.array(rates)
 
     def count(self, row: int, right: Table, tried: Table) -> None:
         """Add guesses of a row, [N] each."""
@@ -126,7 +135,7 @@ class Adaptive:
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.decisions = Decisions()
-        self._experience = Experience([_PRIOR] * MOST_DRAFT_TOKENS)
+        self._experience = Experience([_PRIOR] * MOST_DRAFT_TOKENS, chain=True)
         self._elapsed = self._probed = 0.0  # seconds, of all and of what probes cost more than plain steps
         self._since = 0  # steps since a model drafted
         self._probing = 0  # steps of the probe under way that are left

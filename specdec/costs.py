@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 _LATEST = 5  # measurements of each cell
 _REMEMBERED = 3  # of another program
 _ENOUGH = 2  # the first pass of a shape may pay for its preparation
+_OLD = 512  # measurements after which one that was not repeated counts no more
 _FRESH = 4  # measurements after which interpolations are made anew
 _SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # rows that count as alike
 
@@ -30,11 +31,13 @@ class Cell:
     def __init__(self, seconds: Iterable[float] = ()) -> None:
         self.latest = deque(seconds, maxlen=_LATEST)
         self.typical = _typical(self.latest)
+        self.when = 0
 
-    def add(self, seconds: float) -> None:
-        """Add a measurement."""
+    def add(self, seconds: float, when: int) -> None:
+        """Add a measurement, the ``when``-th of all."""
         self.latest.append(seconds)
         self.typical = _typical(self.latest)
+        self.when = when
 
 
 def _typical(seconds: deque[float]) -> float:
@@ -59,8 +62,8 @@ class Costs:
         self._add(self._drafts.setdefault(_size(rows), Cell()), seconds)
 
     def _add(self, cell: Cell, seconds: float) -> None:
-        cell.add(seconds)
         self._count += 1
+        cell.add(seconds, self._count)
 
     def knows(self, rows: int, width: int) -> bool:
         """Whether passes over that many rows of ``width`` tokens were measured often enough to count on."""
@@ -77,9 +80,15 @@ class Costs:
         key = (_size(rows), most)
         made, curve = self._curves.get(key, (-_FRESH, None))
         if curve is None or self._count - made >= _FRESH:
-            curve = _interpolated(self._passes[key[0]], most)
+            curve = _interpolated(self._fresh(key[0]), most)
             self._curves[key] = (self._count, curve)
         return curve
+
+    def _fresh(self, size: int) -> dict[int, float]:
+        """Typical seconds by width; without what was last measured long ago, so that it will be tried again."""
+        cells = self._passes[size]
+        fresh = {w: cell.typical for w, cell in cells.items() if w == 1 or self._count - cell.when < _OLD}
+        return fresh if len(fresh) > 1 else {width: cell.typical for width, cell in cells.items()}
 
     def draft(self, rows: int) -> float:
         """Seconds of one draft token for that many rows; 0 while nothing is known."""
@@ -108,10 +117,9 @@ class Costs:
         return costs
 
 
-def _interpolated(cells: dict[int, Cell], most: int) -> NDArray[np.float64]:
+def _interpolated(cells: dict[int, float], most: int) -> NDArray[np.float64]:
     """Seconds of passes over 1 .. ``most + 1`` tokens, along lines between what was measured, and on from there."""
-    measured = sorted((width, cell.typical) for width, cell in cells.items())
-    widths, seconds = np.array(measured).T
+    widths, seconds = np.array(sorted(cells.items())).T
     seconds = np.maximum.accumulate(seconds)
     wanted = np.arange(1, most + 2)
     found: NDArray[np.float64] = np.interp(wanted, widths, seconds)

@@ -39,7 +39,11 @@ class World:
         accepted = [int((self.random.random(n) < self.accepted).cumprod().sum()) for n in lengths]
         width = max(lengths)
         done = SimpleNamespace(
-            rows=self.sequences.rows, drafted=lengths, accepted=accepted, committed=[n + 1 for n in accepted], finished=[]
+            rows=self.sequences.rows,
+            drafted=lengths,
+            accepted=accepted,
+            committed=[n + 1 for n in accepted],
+            finished=[],
         )
         drafting, verifying = width * self.draft, self.pass_seconds(width + 1)
         self.controller.observe(done, drafting, verifying)  # type: ignore[arg-type]
@@ -65,9 +69,9 @@ class World:
 @pytest.mark.parametrize(("draft", "token"), [(0.02, 0.01), (0.2, 0.02), (0.05, 0.2)])
 def test_no_fixed_length_is_much_faster(rows: int, accepted: float, draft: float, token: float) -> None:
     world = World(rows=rows, accepted=accepted, draft=draft, token=token)
-    world.run(100)
+    world.run(200)
     best = max(world.fixed(length) for length in range(MOST_DRAFT_TOKENS + 1))
-    assert world.run(600) > 0.94 * best
+    assert world.run(600) > 0.95 * best
     assert world.run(600) > 0.97 * world.fixed(0)  # never slower than plain decoding
 
 
@@ -81,7 +85,7 @@ def test_a_controller_that_believes_in_every_draft_is_noticed(monkeypatch: pytes
 def test_it_notices_when_drafting_pays_again() -> None:
     world = World(accepted=0.0, draft=0.1)
     world.run(1500)
-    assert world.lengths.count(0) > 0.95 * 1500 and world.controller.decisions.probes > 0
+    assert world.tokens / world.seconds > 0.97 * world.fixed(0) and world.controller.decisions.probes > 0
     world.accepted = 0.9
     world.run(1500)
     assert world.run(200) > 0.9 * max(world.fixed(length) for length in range(MOST_DRAFT_TOKENS + 1))
@@ -127,7 +131,7 @@ def test_what_came_last_counts_most_and_rows_differ() -> None:
         experience.count_chain(1, 4, 4)
         experience.count_chain(2, 4, 0)  # one token was tried and refused, three were never looked at
     good, bad, new = experience.rates([1, 2, 3])
-    assert good.min() > 0.9 and bad[0] < 0.25 and 0.4 < new[0] < 0.6 and new[1] > 0.9
+    assert good.min() > 0.8 and bad[0] < 0.25 and 0.4 < new[0] < 0.6 and new[1] > 0.9
     assert experience.rates([3], pooled=False).tolist() == [[0.5] * 4]
     for _ in range(60):
         experience.count_chain(1, 4, 0)

@@ -26,7 +26,7 @@ class HybridDrafter:
 
     def __init__(self, model: Drafter, lookup: NgramDrafter) -> None:
         self.model, self.lookup = model, lookup
-        self.experience = Experience([_MODEL_PRIOR] * MAX_DRAFT_TOKENS)
+        self.experience = Experience([_MODEL_PRIOR] * MAX_DRAFT_TOKENS, chain=True)
         self._looks_up: NDArray[np.bool_] | None = None  # which rows the lookup speaks for in the step under way
         self._asked_model = False
 

@@ -1,8 +1,8 @@
 """Causal self-attention for training on CPU: blocks of queries against all keys before them, as matrix products.
 
 torch's fused CPU kernel computes at a fraction of what oneDNN's products reach, in bfloat16 above all. Here a block of
-queries is one batched product with its keys; attention weights are computed again for the backward pass, so that memory
-does not grow with the square of the length (as in FlashAttention, Dao et al. 2022).
+queries is one batched product with its keys. Attention weights of long rows are computed again for the backward pass, so
+that memory does not grow with the square of the length (as in FlashAttention, Dao et al. 2022).
 
 Shapes: B rows, H query heads, G key/value heads, R = H / G, T tokens, D head size, N = B * G.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+_KEPT = 1024  # tokens of rows whose weights are kept: 1.3 MB per head in bfloat16 at most
 _BLOCK = 128  # queries at a time: half of what is above the diagonal of longer ones would be computed for nothing
 
 
@@ -43,8 +44,11 @@ class _BlockwiseAttention(torch.autograd.Function):
         keys, values = (x.reshape(rows * groups, length, size) for x in (keys, values))
         ctx.save_for_backward(queries, keys, values)
         mixed = torch.empty_like(queries)
+        ctx.kept = []  # type: ignore[attr-defined]
         for begin, end in _blocks(length):
             weights = _weights(queries, keys, begin, end)
+            if length <= _KEPT:
+                ctx.kept.append(weights)  # type: ignore[attr-defined]
             mixed[:, :, begin:end] = (weights @ values[:, :end]).view(mixed[:, :, begin:end].shape)
         return mixed.view(rows, heads, length, size)
 
@@ -55,8 +59,9 @@ class _BlockwiseAttention(torch.autograd.Function):
         mixed_gradient = output_gradients[0].reshape(queries.shape)
         query_gradient = torch.empty_like(queries)
         key_gradient, value_gradient = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
+        kept = iter(ctx.kept)  # type: ignore[attr-defined]
         for begin, end in _blocks(length):
-            weights = _weights(queries, keys, begin, end)
+            weights = next(kept) if length <= _KEPT else _weights(queries, keys, begin, end)
             gradient = mixed_gradient[:, :, begin:end].flatten(1, 2)
             value_gradient[:, :end] += weights.transpose(1, 2) @ gradient
             weight_gradient = gradient @ values[:, :end].transpose(1, 2)
