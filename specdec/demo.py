@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from specdec import bench
+from specdec.draft import Drafter
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
 from specdec.load import accepted_length, load
@@ -74,11 +76,8 @@ def demo(picture: Path, console: Console) -> None:
 def measure(
     engine: Engine, target: Path, prompts: Sequence[Sequence[int]], dtype: str, console: Console
 ) -> list[bench.Measurement]:
-    """Plain, draft model and prompt lookup on our engine, and Hugging Face's ``generate`` on the same checkpoint."""
-    assert engine.drafter is not None
-    methods = bench.own_methods(
-        engine, {"draft model": engine.drafter, "prompt lookup": NgramDrafter()}, max_new_tokens=NEW_TOKENS
-    )
+    """Plain decoding and every way to guess on our engine, and Hugging Face's ``generate`` on the same checkpoint."""
+    methods = bench.own_methods(engine, ways_to_guess(engine), max_new_tokens=NEW_TOKENS)
     methods["HF generate"] = bench.hf_method(bench.hf_model(target, dtype), **bench.hf_settings(NEW_TOKENS))
     columns = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -92,14 +91,21 @@ def measure(
         ]
 
 
+def ways_to_guess(engine: Engine) -> dict[str, Drafter]:
+    """The engine's own draft model, prompt lookup, and both."""
+    assert engine.drafter is not None
+    both = HybridDrafter(engine.drafter, NgramDrafter())
+    return {"draft model": engine.drafter, "prompt lookup": NgramDrafter(), "both": both}
+
+
 def check(pair: Path, prompts: Sequence[Sequence[int]], found: Sequence[bench.Measurement], console: Console) -> None:
     """Say whether speculation changed any greedy text: in float32, where none may, and as measured."""
     engine = load(pair / "target", draft=pair / "draft", dtype="float32")
     plain = engine.generate(prompts, max_new_tokens=NEW_TOKENS, num_draft_tokens=0, eos_token_id=None)
-    lookup = Engine(engine.target, NgramDrafter(), vocab_size=engine.limits.vocab_size)
     same = total = 0
-    for speculative in (engine, lookup):
-        output = speculative.generate(prompts, max_new_tokens=NEW_TOKENS, eos_token_id=None)
+    for drafter in ways_to_guess(engine).values():
+        speculative = Engine(engine.target, drafter, vocab_size=engine.limits.vocab_size)
+        output = speculative.generate(prompts, max_new_tokens=NEW_TOKENS, eos_token_id=None, num_draft_tokens=4)
         same += sum(a == b for a, b in zip(output.token_ids, plain.token_ids, strict=True))
         total += len(prompts)
     verdict = "[green]identical to plain decoding[/]" if same == total else "[red]DIFFERENT from plain decoding[/]"

@@ -30,7 +30,7 @@ from specdec.draft import Drafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.engine import Engine
+from specdec.engine import Call, Engine
 from specdec.errors import ConfigError, PromptError
 from specdec.lm.base import CachedLM
 from specdec.load import check_same_vocabulary, costs_file, load_lm
@@ -108,14 +108,8 @@ class Door:
         )
         rows = [call.rows[index] for index in range(len(requests))]
         pad = _pad_token(config)
-        columns = _Columns(streamer or call_streamer, rows, pad)
-        for _ in call.steps():
-            columns.put()
-        columns.end()
+        _Columns(streamer or call_streamer, rows, pad).follow(call)
         self.stats = call.stats
-        for row in rows:
-            if row.error is not None:
-                raise row.error
         return _result(model, input_ids, rows, config, pad, model_kwargs)
 
 
@@ -305,6 +299,16 @@ class _Columns:
     def __init__(self, streamer: BaseStreamer | None, rows: Sequence[Row], pad: int | None) -> None:
         self.streamer, self.rows, self.pad, self.given = streamer, rows, pad, 0
 
+    def follow(self, call: Call) -> None:
+        """Run the call to its end, handing over as it goes. Raises the first error of a row."""
+        for _ in call.steps():
+            self.put()
+        if self.streamer is not None:
+            self.streamer.end()
+        for row in self.rows:
+            if row.error is not None:
+                raise row.error
+
     def put(self) -> None:
         """Hand over the columns that every row has reached."""
         if self.streamer is None:
@@ -315,11 +319,6 @@ class _Columns:
             column = [text[place] if place < len(text) else self.pad or 0 for text in texts]
             self.streamer.put(torch.tensor(column))
             self.given = place + 1
-
-    def end(self) -> None:
-        """Nothing more comes."""
-        if self.streamer is not None:
-            self.streamer.end()
 
 
 def _result(

@@ -313,11 +313,13 @@ def test_sampled_scores_are_those_of_the_text(rule: str, target: LlamaForCausalL
         assert bool((expected.gather(1, drawn) > -torch.inf).all())
 
 
-def test_torchs_seed_repeats_a_call(target: LlamaForCausalLM, draft: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("door", [{}, {"rule": "block", "num_draft_tokens": 4}])
+def test_torchs_seed_repeats_a_call(target: LlamaForCausalLM, draft: LlamaForCausalLM, door: dict[str, Any]) -> None:
+    """Whatever draft lengths are chosen on the way; another rule needs a length of its own."""
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        found.append(sample(target, {"seed": None, "rule": "block", "draft": draft}).tolist())
+        found.append(sample(target, {"seed": None, "draft": draft, **door}).tolist())
     assert found[0] == found[1] != found[2]
 
 
