@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=3, help="at batch 1, one after the other")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, choices=list(TARGETS), nargs="+", default=list(TARGETS))
     given = parser.parse_args()
     console = Console()
     target, draft = wide_pair()
@@ -158,10 +159,8 @@ def main() -> None:
     lines: list[dict[str, object]] = []
     tried: dict[int, dict[str, dict[int | str, float]]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    for batch, families in {
-        1: contenders.families() | contenders.hf_speculation(),
-        LARGE_BATCH: contenders.families(),
-    }.items():
+    for batch in given.batch:
+        families = contenders.families() | (contenders.hf_speculation() if batch == 1 else {})
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("", total=None)
 

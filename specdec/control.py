@@ -44,6 +44,7 @@ class Experience:
         self.priors, self._chain = np.array(priors, dtype=float), chain
         self._nothing = np.zeros((2, len(priors)))  # right, tried
         self._common = self._nothing.copy()
+        self._common_known: Table | None = None  # rates of all rows, until more is counted
         self._rows: dict[int, Table] = {}
 
     def rates(self, ids: Sequence[int], *, pooled: bool = True) -> Table:
@@ -52,8 +53,11 @@ class Experience:
         return _rate(np.array([self._rows.get(row, self._nothing) for row in ids]), prior)
 
     def _common_rates(self) -> Table:
-        if not self._chain:
-            return _rate(self._common, self.priors)
+        if self._common_known is None:
+            self._common_known = self._chained() if self._chain else _rate(self._common, self.priors)
+        return self._common_known
+
+    def _chained(self) -> Table:
         rates, before = [], float(self.priors[0])
         for right, tried in self._common.T.tolist():
             before = (right + _EVIDENCE * before) / (tried + _EVIDENCE)
@@ -69,6 +73,7 @@ class Experience:
             table *= memory ** (tried > 0)
             table[0] += right
             table[1] += tried
+        self._common_known = None
 
     def count_chain(self, row: int, drafted: int, accepted: int) -> None:
         """Add a draft of which the first ``accepted`` tokens survived; kinds are positions. One was refused, at most."""

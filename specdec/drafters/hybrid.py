@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from specdec.control import MOST_DRAFT_TOKENS, Experience
 from specdec.draft import Draft, Drafter, Outlook
 from specdec.drafters.ngram import NgramDrafter
-from specdec.sampling import MAX_DRAFT_TOKENS, one_hot
+from specdec.sampling import one_hot
 from specdec.sequences import Sequences, Step
 
 _MODEL_PRIOR = 0.6  # chance that a token of the model is accepted, before anything was seen
@@ -26,7 +26,7 @@ class HybridDrafter:
 
     def __init__(self, model: Drafter, lookup: NgramDrafter) -> None:
         self.model, self.lookup = model, lookup
-        self.experience = Experience([_MODEL_PRIOR] * MAX_DRAFT_TOKENS, chain=True)
+        self.experience = Experience([_MODEL_PRIOR] * MOST_DRAFT_TOKENS, chain=True)
         self._looks_up: NDArray[np.bool_] | None = None  # which rows the lookup speaks for in the step under way
         self._asked_model = False
 
@@ -41,7 +41,7 @@ class HybridDrafter:
 
     def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
         survival = self._weigh(sequences, most, price, pooled=True)
-        return Outlook(survival[:, :MOST_DRAFT_TOKENS], ~self._spoken_for())
+        return Outlook(survival, ~self._spoken_for())
 
     def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
         if self._looks_up is None:
@@ -87,7 +87,7 @@ class HybridDrafter:
         """
         rows = sequences.rows
         self.lookup.look(rows, most)
-        width = max(most, default=0)
+        width = min(max(most, default=0), MOST_DRAFT_TOKENS)
         looked_up = self.lookup.survival(rows, width, pooled=pooled)
         drafted = self.experience.rates([row.id for row in rows], pooled=pooled)[:, :width].cumprod(1)
         drafted[np.arange(width) >= np.array(most)[:, None]] = 0

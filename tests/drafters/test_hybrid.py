@@ -88,3 +88,10 @@ def test_records_go_with_their_rows() -> None:
     assert list(hybrid.lookup._tables)
     stream.close()  # type: ignore[attr-defined]
     assert list(hybrid.experience) == []
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 40])
+def test_long_drafts_are_weighed_too(length: int) -> None:
+    output = run(HybridDrafter(ModelDrafter(TableLM(TABLE, context=256)), NgramDrafter()), num_draft_tokens=length)
+    plain = Engine(TableLM(TABLE, context=256)).generate(PROMPTS, max_new_tokens=60)
+    assert output.token_ids == plain.token_ids and max(output.stats.control.lengths) == length
