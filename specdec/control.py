@@ -22,8 +22,8 @@ _PRIOR = 0.6  # chance of acceptance of a token of which nothing is known
 _ROW_MEMORY, _COMMON_MEMORY = 0.9, 0.995  # what is left of evidence after each further draft, of one row and of all
 _EVIDENCE = 4.0  # how many drafts' worth of evidence a row needs to be judged by its own past half and half
 _PROBE_SHARE = 0.01  # of the time may go into drafts that are made only to see whether drafting pays again
-_GRACE = 12  # plain steps whose time they may take beyond it, once
-_WAIT = 16  # steps between such drafts, at least
+_GRACE = 4  # plain steps whose time they may take beyond it, once
+_FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between such drafts; twice as many after each that showed nothing
 _PROBE_STEPS, _PROBE_TOKENS = 4, 2  # of one such try; the first step pays for reading what was not read
 _STAY = 4  # steps that a choice is kept, if nothing but the draft model's past record speaks for another
 _NEW = 0.05  # weight of the latest step in running means
@@ -142,7 +142,7 @@ class Adaptive:
         self.decisions = Decisions()
         self._experience = Experience([_PRIOR] * MOST_DRAFT_TOKENS, chain=True)
         self._elapsed = self._probed = 0.0  # seconds, of all and of what probes cost more than plain steps
-        self._since = 0  # steps since a model drafted
+        self._since, self._wait = 0, _FIRST_WAIT  # steps since a model drafted, and until it will be tried
         self._probing = 0  # steps of the probe under way that are left
         self._tokens = 1.0  # that a row gained per step, lately
         self._rows = self._length = self._age = self._since_plain = 0
@@ -154,15 +154,18 @@ class Adaptive:
         if len(limits) != self._rows:
             self._rows, self._age = len(limits), 0
         self._age -= 1
-        if self._age < 0 or isinstance(drafter, Foresight):
-            self._decide(self._outlook(sequences, drafter, limits))
+        foresight: Foresight | None = drafter if hasattr(drafter, "outlook") else None  # type: ignore[assignment]
+        if self._age < 0 or foresight is not None:
+            self._decide(self._outlook(sequences, foresight, limits))
         free, length = self._free, self._length
         if not free and length:
             self._probing = 0
         elif max(limits) and self._runs_model is not None:
             self._since += 1
             if self._probing or self._may_probe():
-                self._probing = (self._probing or _PROBE_STEPS) - 1
+                if not self._probing:
+                    self._probing, self._wait = _PROBE_STEPS, min(2 * self._wait, _LONGEST_WAIT)
+                self._probing -= 1
                 length, free = _PROBE_TOKENS, False
         if not (free and self._runs_model is not None):
             return [min(length, limit) for limit in limits]
@@ -184,14 +187,16 @@ class Adaptive:
         self._elapsed += seconds
         if draft_seconds:
             self._since = 0
-        if draft_seconds and (self._free or not self._length):
-            self._probed += max(0.0, seconds - self.costs.passes(rows, 0)[0])
-            self.decisions.probes += 1
+            if self._free or not self._length:
+                self._probed += max(0.0, seconds - self.costs.passes(rows, 0)[0])
+                self.decisions.probes += 1
+            else:
+                self._wait = _FIRST_WAIT
         _count(self.decisions, step)
 
-    def _outlook(self, sequences: Sequences, drafter: Drafter, limits: list[int]) -> Outlook:
-        if isinstance(drafter, Foresight):
-            return drafter.outlook(sequences, limits, self._price())
+    def _outlook(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> Outlook:
+        if foresight is not None:
+            return foresight.outlook(sequences, limits, self._price())
         survival = self._experience.rates([row.id for row in sequences.rows]).cumprod(1)
         survival[np.arange(MOST_DRAFT_TOKENS) >= np.array(limits)[:, None]] = 0
         return Outlook(survival, np.ones(len(limits), dtype=bool))
@@ -239,7 +244,7 @@ class Adaptive:
 
     def _may_probe(self) -> bool:
         """Whether it is time to see how drafts fare, and time enough has passed to afford it."""
-        if self._since < _WAIT or not self.costs.knows(self._rows, 1):
+        if self._since < self._wait or not self.costs.knows(self._rows, 1):
             return False
         passes = self.costs.passes(self._rows, _PROBE_TOKENS)
         cost = _PROBE_STEPS * (_PROBE_TOKENS * self.costs.draft(self._rows) + passes[-1] - passes[0])

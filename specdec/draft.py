@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -73,7 +73,6 @@ class Outlook(NamedTuple):
     runs_model: NDArray[np.bool_]
 
 
-@runtime_checkable
 class Foresight(Protocol):
     """A drafter that knows more of its next draft than how the last ones fared; others need not have this."""
 

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from specdec.control import DEFAULT_DRAFT_TOKENS
 from specdec.draft import Drafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
@@ -129,12 +130,13 @@ def load_model(
 
 
 def accepted_length(target: GPT, draft: GPT, prompts: list[list[int]], new_tokens: int) -> float:
-    """Tokens per target pass when ``draft`` speculates for ``target``: a greedy decode of all prompts as one batch."""
+    """Tokens per target pass when ``draft`` always proposes four: a greedy decode of all prompts as one batch."""
     device = target.embed_tokens.weight.device
     if draft.embed_tokens.weight.device != device:
         draft = copy.deepcopy(draft).to(device)
     engine = Engine(NativeLM(target), ModelDrafter(NativeLM(draft)))
-    output = engine.generate(prompts, max_new_tokens=new_tokens, eos_token_id=None, max_batch_size=len(prompts))
+    settings = {"max_new_tokens": new_tokens, "num_draft_tokens": DEFAULT_DRAFT_TOKENS, "max_batch_size": len(prompts)}
+    output = engine.generate(prompts, eos_token_id=None, **settings)
     return output.stats.mean_acceptance_length
 
 

@@ -1,0 +1,115 @@
+"""Is a chosen draft length ever slower than plain decoding, and how close is it to the best fixed one?
+
+python benchmarks/never_slower.py [--models pair wide] [--batch 1 4 8 16 32] [--sweep]
+
+Every cell: plain decoding and chosen lengths with a good draft, a useless one (random weights), a lookup in text that
+does not repeat itself (sampled at a high temperature), and, with ``--sweep``, fixed lengths 1 to 8 with the good draft.
+Interleaved rounds after one to warm up. Writes benchmarks/results/never_slower.json after every cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from specdec import bench, load
+from specdec.bench import Method
+from specdec.control import AUTO
+from specdec.demo import demo_pair, fast_dtype_name
+from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.engine import Engine
+from specdec.lm.native import NativeLM
+from specdec.load import load_model
+from specdec.machine import machine
+from specdec.nn.gpt import GPT
+from specdec.training.data import gather, held_out_prompts
+from widen import wide_pair
+
+RESULTS = Path(__file__).parent / "results/never_slower.json"
+NEW_TOKENS, PROMPT_TOKENS = 64, 128
+NEVER_REPEATS = 3.0  # temperature of text that does not repeat itself
+LENGTHS = range(1, 9)
+LEAST, NEAR = 0.97, 0.95  # what we promise: of plain decoding, of the best fixed length
+
+
+def random_draft(path: Path) -> ModelDrafter:
+    """A draft of that checkpoint's shape that has learned nothing."""
+    model, _ = load_model(path, dtype=fast_dtype_name())
+    assert isinstance(model, GPT)
+    torch.manual_seed(0)
+    return ModelDrafter(NativeLM(GPT(copy.deepcopy(model.config)).to(model.embed_tokens.weight.dtype)))
+
+
+def ways(engine: Engine, useless: ModelDrafter, temperature: float, sweep: bool) -> dict[str, Method]:
+    """What a cell compares; the first is the baseline of the others but the last, which has one of its own."""
+    assert isinstance(engine.drafter, ModelDrafter)
+    given = {"max_new_tokens": NEW_TOKENS, "temperature": temperature}
+    drafters = {
+        "good draft": engine.drafter,
+        "useless draft": useless,
+        "draft + lookup": HybridDrafter(engine.drafter, NgramDrafter()),
+    }
+    methods = {bench.PLAIN: bench.engine_method(engine, num_draft_tokens=0, **given)}
+    for name, drafter in drafters.items():
+        other = Engine(engine.target, drafter, vocab_size=engine.limits.vocab_size)
+        methods[name] = bench.engine_method(other, num_draft_tokens=AUTO, **given)
+    if sweep:
+        methods |= {f"good draft k={k}": bench.engine_method(engine, num_draft_tokens=k, **given) for k in LENGTHS}
+    return methods
+
+
+def unrepeated(engine: Engine) -> dict[str, Method]:
+    """Plain decoding and the lookup where it finds nothing."""
+    given = {"max_new_tokens": NEW_TOKENS, "temperature": NEVER_REPEATS}
+    lookup = Engine(engine.target, NgramDrafter(), vocab_size=engine.limits.vocab_size)
+    return {
+        bench.PLAIN: bench.engine_method(engine, num_draft_tokens=0, **given),
+        "lookup, no repetition": bench.engine_method(lookup, num_draft_tokens=AUTO, **given),
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=["pair", "wide"], default=["pair", "wide"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 32])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sweep", action="store_true")
+    given = parser.parse_args()
+    console = Console()
+    rows: list[dict[str, object]] = []
+    for models in given.models:
+        pair = demo_pair()
+        target, draft = (pair / "target", pair / "draft") if models == "pair" else wide_pair()
+        engine, useless = load(target, draft=draft, dtype=fast_dtype_name()), random_draft(draft)
+        assert engine.tokenizer is not None
+        prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=max(given.batch), tokens=PROMPT_TOKENS)
+        for batch in given.batch:
+            for temperature in (0.0, 1.0):
+                methods = ways(engine, useless, temperature, given.sweep)
+                found = bench.compare(methods, prompts[:batch], rounds=given.rounds, temperature=temperature)
+                if temperature:
+                    found += bench.compare(
+                        unrepeated(engine), prompts[:batch], rounds=given.rounds, temperature=NEVER_REPEATS
+                    )[1:]
+                console.print(bench.table(found, models))
+                rows += [{"models": models, **m.as_dict()} for m in found]
+                RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    chosen = [row for row in rows if row["method"] != bench.PLAIN and "k=" not in str(row["method"])]
+    slower = [row for row in chosen if float(str(row["speedup"])) < LEAST]
+    console.print(f"{len(slower)} of {len(chosen)} cells below {LEAST} of plain decoding")
+    for row in slower:
+        console.print(
+            f"  {row['models']} batch {row['batch']} T={row['temperature']:g}: {row['method']} {row['speedup']:.2f}x"
+        )
+
+
+if __name__ == "__main__":
+    main()
