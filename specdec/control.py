@@ -27,6 +27,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between such drafts; twice as man
 _PROBE_STEPS, _PROBE_TOKENS = 4, 2  # of one such try; the first step pays for reading what was not read
 _STAY = 4  # steps that a choice is kept, if nothing but the draft model's past record speaks for another
 _NEW = 0.05  # weight of the latest step in running means
+_REST = 3  # steps of plain decoding after it was found best
 _REFRESH = 64  # steps after which plain decoding is measured again
 _WORTH = 1.01  # how much faster than plain decoding a draft must promise to be
 
@@ -82,6 +83,12 @@ class Experience:
         right = tried.copy()
         right[accepted:] = 0
         self.count(row, right, tried)
+
+    def fade(self, rows: Iterable[int]) -> None:
+        """Time has passed without drafts of these rows: what they showed counts less, all rows' past more."""
+        for row in rows:
+            if row in self._rows:
+                self._rows[row] *= _ROW_MEMORY
 
     def forget(self, rows: Iterable[int]) -> None:
         """These rows are gone."""
@@ -146,33 +153,47 @@ class Adaptive:
         self._probing = 0  # steps of the probe under way that are left
         self._tokens = 1.0  # that a row gained per step, lately
         self._rows = self._length = self._age = self._since_plain = 0
+        self._rest = 0  # steps of plain decoding before anything is thought about again
         self._free = True  # whether rows whose drafts cost passes of a model go without
         self._runs_model: NDArray[np.bool_] | None = None  # which rows these are; None for none
 
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
+        rows = len(sequences.rows)
+        if rows != self._rows:
+            self._rows, self._age, self._rest = rows, 0, 0
+        if self._rest:
+            self._rest -= 1
+            return [0] * rows
         limits = [min(limit, MOST_DRAFT_TOKENS) for limit in sequences.draft_limits()]
-        if len(limits) != self._rows:
-            self._rows, self._age = len(limits), 0
         self._age -= 1
         foresight: Foresight | None = drafter if hasattr(drafter, "outlook") else None  # type: ignore[assignment]
         if self._age < 0 or foresight is not None:
             self._decide(self._outlook(sequences, foresight, limits))
+            if foresight is None and not self._length and self._since_plain < _REFRESH and self.costs.knows(rows, 1):
+                self._experience.fade(row.id for row in sequences.rows)
+                self._rest, self._age = _REST, 0
         free, length = self._free, self._length
         if not free and length:
             self._probing = 0
-        elif max(limits) and self._runs_model is not None:
-            self._since += 1
-            if self._probing or self._may_probe():
-                if not self._probing:
-                    self._probing, self._wait = _PROBE_STEPS, min(2 * self._wait, _LONGEST_WAIT)
-                self._probing -= 1
-                length, free = _PROBE_TOKENS, False
+        elif max(limits) and self._runs_model is not None and (self._probing or self._may_probe()):
+            if not self._probing:
+                self._probing, self._wait = _PROBE_STEPS, min(2 * self._wait, _LONGEST_WAIT)
+            self._probing, self._rest = self._probing - 1, 0
+            length, free = _PROBE_TOKENS, False
         if not (free and self._runs_model is not None):
             return [min(length, limit) for limit in limits]
         models = self._runs_model.tolist()
         return [0 if model else min(length, limit) for limit, model in zip(limits, models, strict=True)]
 
     def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
+        self._elapsed += draft_seconds + step_seconds
+        _count(self.decisions, step)
+        self._since += 1
+        if not self._rest:  # nothing is decided before the last step of one
+            self._learn(step, draft_seconds, step_seconds)
+        self._experience.forget(step.rows[slot].id for slot in step.finished)
+
+    def _learn(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
         width, rows = max(step.drafted), len(step.rows)
         if draft_seconds:
             self.costs.count_draft(rows, draft_seconds / max(width, 1))
@@ -180,19 +201,15 @@ class Adaptive:
         for row, drafted, accepted in zip(step.rows, step.drafted, step.accepted, strict=True):
             if drafted:
                 self._experience.count_chain(row.id, drafted, accepted)
-        self._experience.forget(step.rows[slot].id for slot in step.finished)
         self._since_plain = self._since_plain + 1 if width else 0
         self._tokens += _NEW * (sum(step.committed) / rows - self._tokens)
-        seconds = draft_seconds + step_seconds
-        self._elapsed += seconds
         if draft_seconds:
             self._since = 0
             if self._free or not self._length:
-                self._probed += max(0.0, seconds - self.costs.passes(rows, 0)[0])
+                self._probed += max(0.0, draft_seconds + step_seconds - self.costs.passes(rows, 0)[0])
                 self.decisions.probes += 1
             else:
                 self._wait = _FIRST_WAIT
-        _count(self.decisions, step)
 
     def _outlook(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> Outlook:
         if foresight is not None:

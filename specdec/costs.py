@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 _LATEST = 5  # measurements of each cell
 _REMEMBERED = 3  # of another program
 _ENOUGH = 2  # the first pass of a shape may pay for its preparation
-_OLD = 512  # measurements after which one that was not repeated counts no more
+_OLD = 256  # measurements after which one that was not repeated counts no more
 _FRESH = 4  # measurements after which interpolations are made anew
 _SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # rows that count as alike
 

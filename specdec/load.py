@@ -135,8 +135,10 @@ def accepted_length(target: GPT, draft: GPT, prompts: list[list[int]], new_token
     if draft.embed_tokens.weight.device != device:
         draft = copy.deepcopy(draft).to(device)
     engine = Engine(NativeLM(target), ModelDrafter(NativeLM(draft)))
-    settings = {"max_new_tokens": new_tokens, "num_draft_tokens": DEFAULT_DRAFT_TOKENS, "max_batch_size": len(prompts)}
-    output = engine.generate(prompts, eos_token_id=None, **settings)
+    output = engine.generate(
+        prompts, max_new_tokens=new_tokens, num_draft_tokens=DEFAULT_DRAFT_TOKENS, max_batch_size=len(prompts),
+        eos_token_id=None,
+    )  # fmt: skip
     return output.stats.mean_acceptance_length
 
 
