@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import compare_hf
 from compare_hf import Contenders, race, verdict
 
+pytestmark = pytest.mark.chosen
 NEW_TOKENS = 8
 
 

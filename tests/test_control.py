@@ -17,6 +17,8 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from toys import TableLM, native, noisy, random_table, tiny_gpt
 
+pytestmark = pytest.mark.chosen
+
 
 class World:
     """A machine with given costs and a drafter with a given chance of acceptance; time is counted, not spent."""

@@ -14,6 +14,9 @@ from specdec.training.recipe import load_recipe
 TINY = Path(__file__).parents[1] / "models/tiny.toml"
 
 
+pytestmark = pytest.mark.chosen
+
+
 def test_demo_trains_decodes_checks_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(demo, "demo_recipe", lambda: load_recipe(TINY))
     monkeypatch.setattr(demo, "NEW_TOKENS", 12)

@@ -313,6 +313,7 @@ def test_sampled_scores_are_those_of_the_text(rule: str, target: LlamaForCausalL
         assert bool((expected.gather(1, drawn) > -torch.inf).all())
 
 
+@pytest.mark.chosen
 @pytest.mark.parametrize("door", [{}, {"rule": "block", "num_draft_tokens": 4}])
 def test_torchs_seed_repeats_a_call(target: LlamaForCausalLM, draft: LlamaForCausalLM, door: dict[str, Any]) -> None:
     """Whatever draft lengths are chosen on the way; another rule needs a length of its own."""

@@ -298,6 +298,7 @@ def test_coupled_text_equals_plain_text_for_a_seed(drafter: str, num_draft_token
     assert texts(drafter, range(7), rule="coupled", num_draft_tokens=num_draft_tokens, max_batch_size=4) == plain
 
 
+@pytest.mark.chosen
 @pytest.mark.parametrize("drafter", list(DRAFTERS))
 def test_with_a_seed_chosen_draft_lengths_change_nothing(drafter: str) -> None:
     """Nobody named a rule: the text is plain decoding's, however long the drafts were, in any batch, again and again."""
