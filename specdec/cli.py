@@ -175,7 +175,7 @@ def bench(
         "num_draft_tokens": _draft_length(num_draft_tokens),
         "temperature": temperature,
     }
-    methods = benchmark.own_methods(engine, drafters, **settings, seed=0)
+    methods = benchmark.own_methods(engine, drafters, **settings)
     found = []
     for size in sizes:
         found += benchmark.compare(methods, prompts[:size], rounds=rounds, temperature=temperature)

@@ -6,6 +6,7 @@ Plain decoding is this loop with no draft tokens; there is no second program.
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -125,15 +126,19 @@ class Engine:
         if not self._controllers:
             known = read_costs(self._costs_file) if self._costs_file is not None else {}
             self._controllers = {name: Adaptive(known.get(name) or Costs()) for name in _KINDS}
-        return self._controllers[_KINDS[not greedy]]
+        return self._controllers["greedy" if greedy else "sampled"]
 
     def keep_costs(self) -> None:
         """Write down what was measured, for other programs; not after every short call."""
         now = time.monotonic()
         if self._costs_file is None or not self._controllers or now - self._costs_written < _WRITE_SECONDS:
             return
-        write_costs(self._costs_file, {name: control.costs for name, control in self._controllers.items()})
         self._costs_written = now
+        try:
+            write_costs(self._costs_file, {name: control.costs for name, control in self._controllers.items()})
+        except OSError as error:  # a full or read-only disk costs what was measured, never a text
+            warnings.warn(f"measured costs are not kept in {self._costs_file}: {error}", stacklevel=2)
+            self._costs_file = None
 
     def _call(self, prompts: Prompts, attention_mask: Tensor | None, given: dict[str, Any], *, streaming: bool) -> Call:
         settings = Settings.of(given)

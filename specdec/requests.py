@@ -72,7 +72,11 @@ class Settings:
         _count("n", self.n, 1)
         _count("max_batch_size", self.max_batch_size, 1)
         if isinstance(self.num_draft_tokens, str):
-            _choice("num_draft_tokens", self.num_draft_tokens, [AUTO, f"0 to {MAX_DRAFT_TOKENS}"])
+            if self.num_draft_tokens != AUTO:
+                raise ConfigError(
+                    f'num_draft_tokens must be an integer from 0 to {MAX_DRAFT_TOKENS} or "auto", '
+                    f"got {self.num_draft_tokens!r}"
+                )
         else:
             _count("num_draft_tokens", self.num_draft_tokens, 0, MAX_DRAFT_TOKENS)
         if not isinstance(self.logprobs, bool):

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdec import Engine
+from specdec import Engine, Settings
 from specdec.control import MOST_DRAFT_TOKENS, Adaptive, Experience
 from specdec.costs import Costs, read_costs, write_costs
 from specdec.draft import Outlook
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
+from specdec.errors import ConfigError
 from toys import TableLM, native, noisy, random_table, tiny_gpt
 
 pytestmark = pytest.mark.chosen
@@ -189,6 +190,20 @@ def test_an_engine_learns_writes_and_explains(tmp_path: Path, drafter: str) -> N
     assert set(fixed.stats.control.lengths) <= {0, 1, 2} and fixed.token_ids == plain.token_ids
     total = (fixed.stats + plain.stats).control
     assert total.lengths[0] == fixed.stats.control.lengths.get(0, 0) + 60
+
+
+def test_a_disk_that_takes_nothing_costs_no_text(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    engine = Engine(native(tiny_gpt(0)), NgramDrafter(), costs_file=tmp_path / "file" / "costs.json")
+    with pytest.warns(UserWarning, match="measured costs are not kept"):
+        output = engine.generate([[1, 2, 3]], max_new_tokens=8)
+    assert len(output.token_ids[0]) == 8
+
+
+def test_a_word_that_is_no_length_is_refused() -> None:
+    for wrong in ("0 to 64", "4", "AUTO", ""):
+        with pytest.raises(ConfigError, match='from 0 to 64 or "auto"'):
+            Settings(num_draft_tokens=wrong)
 
 
 def test_guesses_that_were_not_proposed_are_judged_too() -> None:
