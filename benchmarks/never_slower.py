@@ -25,7 +25,7 @@ from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
-from specdec.lm.native import NativeLM
+from specdec.lm.native import native_lm
 from specdec.load import load_model
 from specdec.machine import machine
 from specdec.nn.gpt import GPT
@@ -44,7 +44,7 @@ def random_draft(path: Path) -> ModelDrafter:
     model, _ = load_model(path, dtype=fast_dtype_name())
     assert isinstance(model, GPT)
     torch.manual_seed(0)
-    return ModelDrafter(NativeLM(GPT(copy.deepcopy(model.config)).to(model.embed_tokens.weight.dtype)))
+    return ModelDrafter(native_lm(GPT(copy.deepcopy(model.config)).to(model.embed_tokens.weight.dtype)))
 
 
 def ways(engine: Engine, useless: ModelDrafter, temperature: float, sweep: bool) -> dict[str, Method]:

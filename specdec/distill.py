@@ -25,7 +25,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError, ModelError
 from specdec.lm.base import CachedLM
-from specdec.lm.native import NativeLM
+from specdec.lm.native import native_lm
 from specdec.load import load_lm, load_model
 from specdec.nn.gpt import GPT
 from specdec.training import checkpoint as files
@@ -197,7 +197,7 @@ class Distillation:
 
     def engine(self) -> Engine:
         """Target and the draft as it is now."""
-        return Engine(self.target_lm, ModelDrafter(NativeLM(self.draft)))
+        return Engine(self.target_lm, ModelDrafter(native_lm(self.draft)))
 
     def train_step(self, rows: Tensor, learned_from: int, progress: float) -> float:
         """One update on rows [B, T + 1], from position ``learned_from`` on; the loss. Raises ModelError, unchanged."""

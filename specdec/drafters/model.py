@@ -56,11 +56,12 @@ class ModelDrafter:
 
     def observe(self, step: Step) -> None:
         """Keep what was read of the committed text: the last drafted token was proposed but never read."""
-        if not self._unread:
-            return
-        pairs = zip(self._unread, step.accepted, strict=True)
-        self.lm.keep([unread + min(accepted, self._count - 1) for unread, accepted in pairs])
-        self._unread = []
+        if self._unread:
+            pairs = zip(self._unread, step.accepted, strict=True)
+            self.lm.keep([unread + min(accepted, self._count - 1) for unread, accepted in pairs])
+            self._unread = []
+        for slot in step.finished:
+            self.lm.remember(slot, step.rows[slot].tokens)
 
     def copy(self, source: int, target: int, length: int | None = None) -> None:
         read = self.lm.lengths[source]
@@ -75,10 +76,12 @@ class ModelDrafter:
         """Read every row's unread text; logits [B, 1, W] of what follows it."""
         texts = [self._readable(row.tokens, sequences.vocab_size) for row in sequences.rows]
         starts = [window_start(len(text) + count, self.lm.context) for text in texts]
-        if self.lm.encodes:
-            for slot, row in enumerate(sequences.rows):
-                if self.lm.lengths[slot] == 0:  # new, or forgotten
+        for slot, row in enumerate(sequences.rows):
+            if self.lm.lengths[slot] == 0:  # new, or forgotten
+                if self.lm.encodes:
                     self.lm.enter(slot, _unencoded(row.request.source))
+                elif starts[slot] == 0:
+                    self.lm.recall(slot, texts[slot][:-1])
         catch_up(self.lm, texts, starts, _SLACK)
         unread = [text[start + self.lm.lengths[b] :] for b, (text, start) in enumerate(zip(texts, starts, strict=True))]
         self._count, self._unread = count, [len(tokens) for tokens in unread]

@@ -19,7 +19,8 @@ class CachedLM(ABC):
     """A model that reads tokens row by row and remembers them.
 
     ``append`` reads tokens and commits nothing; ``keep`` commits some of them and forgets the rest. Rows live in
-    slots 0, 1, 2, ...; live rows are a contiguous prefix, so that a pass works on views.
+    slots 0, 1, 2, ...; live rows are a contiguous prefix, so that a pass works on views. Rows whose prompts are still
+    being read are in slots anywhere behind them.
 
     vocab_size is the width of the logits, context the longest row the model can read. ``lengths[b]`` counts the
     committed tokens of slot b, ``starts[b]`` says which token of the row's text the first of them is (more than 0
@@ -36,6 +37,7 @@ class CachedLM(ABC):
         self.lengths: list[int] = []
         self.starts: list[int] = []
         self.forward_seconds = 0.0
+        self.weight_bytes = 0  # that a pass over one token reads; 0 where it is not known
         self._pending: list[int] = []
         self._counts: Sequence[int] | None = None  # how many tokens of each row are real in the pass under way
 
@@ -118,6 +120,12 @@ class CachedLM(ABC):
         length = self.lengths[source] if length is None else length
         self._copy(source, target, length)
         self.lengths[target], self.starts[target], self._pending[target] = length, self.starts[source], 0
+
+    def remember(self, slot: int, tokens: Sequence[int]) -> None:  # noqa: B027
+        """The row in ``slot``, whose text is ``tokens``, is about to go; another may begin alike."""
+
+    def recall(self, slot: int, tokens: Sequence[int]) -> None:  # noqa: B027
+        """An empty slot gets a row with the text ``tokens``: what is still known of its beginning counts as read."""
 
     @torch.inference_mode()
     def free(self, rows: int) -> None:

@@ -1,4 +1,4 @@
-"""Our GPT, fast: weights packed for the processor, a ragged cache, logits only where they are needed."""
+"""Our GPT on torch: any device, a ragged cache, logits only where they are needed; and which way a GPT is run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from torch import Tensor
 
 from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
+from specdec.lm.cpu import CpuLM
 from specdec.nn.gpt import GPT
 from specdec.nn.packed import pack_linears
+
+
+def native_lm(model: GPT) -> CachedLM:
+    """``model`` with a cache: compiled for the processor where that is possible, else on torch."""
+    try:
+        return CpuLM(model)
+    except LookupError:
+        return NativeLM(model)
 
 
 class NativeLM(CachedLM):

@@ -1,0 +1,93 @@
+"""Keys and values of rows of different lengths, in blocks of 64 tokens: memory is what the rows' lengths sum up to.
+
+Rows that begin alike share full blocks, which never change again; so do rows with texts that were read before, as long
+as there is room to remember them. A block goes when nobody holds it any more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+BLOCK = 64  # tokens of a block; as in nn/cpu.c
+REMEMBERED_BYTES = 256 * 2**20  # of blocks that no row holds
+
+
+class PagedCache:
+    """The blocks of every row. A block holds its tokens' keys and values of all layers, ``numel`` numbers."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, remembered_bytes: int = REMEMBERED_BYTES) -> None:
+        self.numel, self.dtype = numel, dtype
+        self.rows: list[list[torch.Tensor]] = []
+        self.addresses = np.zeros((0, 0), dtype=np.uint64)  # [rows, blocks]
+        self.address = 0  # of this table
+        self._remembered: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # the latest used last
+        self._most_remembered = remembered_bytes // (numel * dtype.itemsize)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for ``rows`` rows; blocks come as tokens do."""
+        self.rows.extend([] for _ in range(rows - len(self.rows)))
+        self._fit(self.addresses.shape[1])
+
+    def extend(self, slot: int, length: int) -> None:
+        """Give the row in ``slot`` blocks for ``length`` tokens, zeros where they are new."""
+        row, needed = self.rows[slot], -(-length // BLOCK)
+        if len(row) < needed:
+            new = [torch.zeros(self.numel, dtype=self.dtype) for _ in range(needed - len(row))]
+            self._take(slot, row + new)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Row ``target`` becomes the first ``length`` tokens of row ``source``: full blocks are shared, the last copied."""
+        full, rest = divmod(length, BLOCK)
+        blocks = self.rows[source][:full]
+        if rest:
+            blocks.append(self.rows[source][full].clone())
+        self._take(target, blocks)
+
+    def drop(self, slot: int) -> None:
+        """The row in ``slot`` is no more."""
+        self.rows[slot] = []
+
+    def remember(self, slot: int, tokens: Sequence[int]) -> None:
+        """Keep the full blocks of the row in ``slot``, whose text is ``tokens``, for rows that begin alike."""
+        for key, block in zip(_keys(tokens), self.rows[slot], strict=False):
+            self._remembered.setdefault(key, block)
+            self._remembered.move_to_end(key)
+        while len(self._remembered) > self._most_remembered:
+            self._remembered.popitem(last=False)
+
+    def recall(self, slot: int, tokens: Sequence[int]) -> int:
+        """Begin the row in ``slot`` with the remembered blocks of ``tokens``; how many tokens they hold."""
+        found = []
+        for key in _keys(tokens):
+            if key not in self._remembered:
+                break
+            self._remembered.move_to_end(key)
+            found.append(self._remembered[key])
+        self._take(slot, found)
+        return len(found) * BLOCK
+
+    def _take(self, slot: int, blocks: list[torch.Tensor]) -> None:
+        self.rows[slot] = blocks
+        self._fit(len(blocks))
+        self.addresses[slot, : len(blocks)] = [block.data_ptr() for block in blocks]
+
+    def _fit(self, blocks: int) -> None:
+        rows, known = self.addresses.shape
+        if len(self.rows) > rows or blocks > known:
+            grown = np.zeros((len(self.rows), known if blocks <= known else max(2 * known, blocks)), dtype=np.uint64)
+            grown[:rows, :known] = self.addresses
+            self.addresses, self.address = grown, grown.ctypes.data
+
+
+def _keys(tokens: Sequence[int]) -> Iterator[bytes]:
+    """What names each full block of a text: its tokens, and all before them."""
+    key = b""
+    for end in range(BLOCK, len(tokens) + 1, BLOCK):
+        part = np.array(tokens[end - BLOCK : end], dtype=np.int64).tobytes()
+        key = hashlib.blake2b(key + part, digest_size=16).digest()
+        yield key

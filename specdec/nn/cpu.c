@@ -1,0 +1,475 @@
+/* A Llama block for few tokens at a time, on CPU: what decoding and verifying do.
+ *
+ * Decoding is bound by reading weights, so every product reads each weight once, in the order it lies in memory, for all
+ * tokens of the pass. Every number is summed in an order that does not depend on the other tokens of the pass: a token's
+ * logits are the same bits whether it is read alone, in a batch, or as the fifth of a draft.
+ *
+ * Compiled twice: for bfloat16 weights and cache (float32 sums), and with -DFLOAT32.
+ *
+ * Layout of a weight [N, K], of 64 keys (N tokens, K channels) and of 64 values (N channels, K tokens): blocks of 16 rows;
+ * in a block, for every PAIR of k, 16 times those PAIR numbers. 512 bits are then what one instruction multiplies. Sizes
+ * are padded with zeros: N to 16, K to PAIR.
+ *
+ * Shapes: M tokens, H hidden size, D head size, R query heads of a key/value head.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+#define BLOCK 64 /* tokens of a block of the cache */
+#define TILE 9   /* the most tokens that share one reading of a weight */
+#define HALF 6   /* as many of them as have registers for sums with four blocks: faster where there are several tiles */
+#define QUERIES 8 /* query heads that share one reading of keys and values */
+#define CHUNK 512 /* k of a weight that stays in the nearest cache while several tiles read it */
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t bits __attribute__((vector_size(64), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(64), aligned(4)));
+
+#ifdef FLOAT32
+#define PAIR 1
+typedef float elem;
+INLINE elem narrow(float x) { return x; }
+INLINE float widen(elem x) { return x; }
+#else
+#define PAIR 2
+typedef uint16_t elem; /* bfloat16 */
+INLINE elem narrow(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    if (x != x) return 0x7fc0;
+    return (elem)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+INLINE float widen(elem x) {
+    uint32_t u = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &u, 4);
+    return y;
+}
+#endif
+
+typedef struct { /* a weight in the layout above */
+    const elem *weight;
+    const float *bias; /* or NULL */
+    int64_t n, k;      /* padded */
+} Linear;
+
+typedef struct {
+    const float *input_norm, *post_norm, *q_norm, *k_norm; /* the last two may be NULL */
+    Linear qkv, o, gate_up, down;
+} Layer;
+
+typedef struct {
+    int64_t layers, hidden, heads, groups, head_dim, inner;
+    float eps;
+    const elem *embedding; /* [vocabulary, hidden] */
+    int64_t vocabulary;
+    const float *norm;
+    Linear head;
+    const Layer *layer;
+} Model;
+
+typedef struct { /* one pass over M tokens of several rows */
+    int64_t tokens;
+    const int64_t *ids;       /* [M] */
+    const int64_t *positions; /* [M] */
+    const int64_t *row_of;    /* [M] */
+    int64_t rows;
+    const int64_t *row_begins; /* [rows + 1]: where a row's tokens begin among the M */
+    const uint64_t *blocks;    /* addresses of the rows' cache blocks, [rows, block_stride] */
+    int64_t block_stride;
+    const float *cosines, *sines; /* [positions, head_dim / 2] */
+    float *x;      /* [M, pad(hidden)] */
+    elem *h;       /* [M, widest input] */
+    float *wide;   /* [M, widest output] */
+    int64_t ld_h, ld_wide;
+    int64_t last_states; /* 0: nobody asks for what comes out of the last layer */
+    int64_t threads;
+} Pass;
+
+INLINE int64_t pad(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+INLINE int64_t pad_pair(int64_t n) { return (n + PAIR - 1) / PAIR * PAIR; }
+INLINE vec spread(float x) { return x - (vec){0}; }
+INLINE vec choose(ints which, vec yes, vec no) { return (vec)((which & (ints)yes) | (~which & (ints)no)); }
+
+INLINE void store(elem *to, vec x) { /* LANES numbers */
+#if defined(FLOAT32)
+    *(vec *)to = x;
+#elif defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    for (int i = 0; i < LANES; i++) to[i] = narrow(x[i]);
+#endif
+}
+
+/* The first `count` of LANES numbers, and zeros where the padding of a row of `size` numbers begins. */
+INLINE void store_some(elem *to, vec x, int64_t count) {
+    if (count >= LANES)
+        store(to, x);
+    else
+        for (int64_t i = 0; i < pad_pair(count); i++) to[i] = i < count ? narrow(x[i]) : 0;
+}
+
+/* --- products */
+
+/* out[m, 16 n ..] (+)= sum over k of x[m, k] w[n, k], for mt tokens and nb blocks of 16 rows of the weight */
+INLINE void tile(const int mt, const int nb, const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k, float *out,
+                 int64_t ldo, const float *begin, int64_t ldb) {
+    vec sum[TILE][8]; /* of a constant size, so that it stays in registers */
+#pragma GCC unroll 9
+    for (int m = 0; m < mt; m++)
+#pragma GCC unroll 8
+        for (int n = 0; n < nb; n++) sum[m][n] = begin ? *(const vec *)(begin + m * ldb + n * LANES) : (vec){0};
+    for (int64_t i = 0; i < k; i += PAIR) {
+        const elem *here = w + i * LANES;
+#if defined(FLOAT32)
+        vec weight[8];
+#pragma GCC unroll 8
+        for (int n = 0; n < nb; n++) weight[n] = *(const vec *)(here + n * ldw);
+#pragma GCC unroll 9
+        for (int m = 0; m < mt; m++) {
+            vec one = spread(x[m * ldx + i]);
+#pragma GCC unroll 8
+            for (int n = 0; n < nb; n++) sum[m][n] += one * weight[n];
+        }
+#elif defined(__AVX512BF16__)
+        __m512bh weight[8];
+#pragma GCC unroll 8
+        for (int n = 0; n < nb; n++) weight[n] = (__m512bh)_mm512_loadu_si512(here + n * ldw);
+#pragma GCC unroll 9
+        for (int m = 0; m < mt; m++) {
+            int32_t both;
+            memcpy(&both, x + m * ldx + i, 4);
+            __m512bh one = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 8
+            for (int n = 0; n < nb; n++) sum[m][n] = (vec)_mm512_dpbf16_ps((__m512)sum[m][n], one, weight[n]);
+        }
+#else
+        bits weight[8];
+#pragma GCC unroll 8
+        for (int n = 0; n < nb; n++) weight[n] = *(const bits *)(here + n * ldw);
+#pragma GCC unroll 9
+        for (int m = 0; m < mt; m++) {
+            vec first = spread(widen(x[m * ldx + i])), second = spread(widen(x[m * ldx + i + 1]));
+#pragma GCC unroll 8
+            for (int n = 0; n < nb; n++) {
+                sum[m][n] += first * (vec)(weight[n] << 16);
+                sum[m][n] += second * (vec)(weight[n] & 0xffff0000u);
+            }
+        }
+#endif
+    }
+#pragma GCC unroll 9
+    for (int m = 0; m < mt; m++)
+#pragma GCC unroll 8
+        for (int n = 0; n < nb; n++) *(vec *)(out + m * ldo + n * LANES) = sum[m][n];
+}
+
+/* As many blocks at once as there are registers for the sums of mt tokens. */
+INLINE int blocks_at_once(int mt) { return mt <= 2 ? 8 : mt <= 6 ? 4 : 2; }
+
+typedef void Tile(const elem *, int64_t, const elem *, int64_t, int64_t, float *, int64_t, const float *, int64_t);
+#define TILE_OF(M, N)                                                                                                       \
+    static void tile_##M##_##N(const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k, float *out, int64_t ldo, \
+                               const float *begin, int64_t ldb) {                                                          \
+        tile(M, N, x, ldx, w, ldw, k, out, ldo, begin, ldb);                                                               \
+    }
+#define TILES_2(M) TILE_OF(M, 1) TILE_OF(M, 2)
+#define TILES_4(M) TILES_2(M) TILE_OF(M, 4)
+#define TILES_8(M) TILES_4(M) TILE_OF(M, 8)
+TILES_8(1) TILES_8(2) TILES_4(3) TILES_4(4) TILES_4(5) TILES_4(6)
+TILES_2(7) TILES_2(8) TILES_2(9)
+#define ROW_2(M) {tile_##M##_1, tile_##M##_2, 0, 0}
+#define ROW_4(M) {tile_##M##_1, tile_##M##_2, tile_##M##_4, 0}
+#define ROW_8(M) {tile_##M##_1, tile_##M##_2, tile_##M##_4, tile_##M##_8}
+static Tile *const TILES[TILE][4] = {ROW_8(1), ROW_8(2), ROW_4(3), ROW_4(4), ROW_4(5),
+                                     ROW_4(6), ROW_2(7), ROW_2(8), ROW_2(9)};
+
+/* mt <= TILE tokens and any number of blocks; a token's sums do not depend on how the blocks are taken together. */
+static void strip(int mt, int64_t blocks, const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k, float *out,
+                  int64_t ldo, const float *begin, int64_t ldb) {
+    for (int64_t n = 0; n < blocks;) {
+        int size = blocks_at_once(mt), place = size == 8 ? 3 : size == 4 ? 2 : 1;
+        while (size > blocks - n) size /= 2, place--;
+        TILES[mt - 1][place](x, ldx, w + n * ldw, ldw, k, out + n * LANES, ldo, begin ? begin + n * LANES : 0, ldb);
+        n += size;
+    }
+}
+
+/* out[M, n] = (add: out +) x[M, k] w^T (+ bias), by all threads of the team */
+static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx, float *out, int64_t ldo, int add) {
+    int64_t blocks = by->n / LANES, ldw = by->k * LANES;
+    int64_t tiles = tokens <= TILE ? 1 : (tokens + HALF - 1) / HALF, height = (tokens + tiles - 1) / tiles;
+    int64_t at_once = blocks_at_once(height), strips = (blocks + at_once - 1) / at_once;
+    int64_t chunk = tiles > 1 ? CHUNK : by->k;
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < strips; s++) {
+        int64_t n = s * at_once, count = blocks - n < at_once ? blocks - n : at_once;
+        for (int64_t i = 0; i < by->k; i += chunk) {
+            int64_t length = by->k - i < chunk ? by->k - i : chunk;
+            for (int64_t m = 0; m < tokens; m += height) {
+                int mt = tokens - m < height ? tokens - m : height;
+                float *here = out + m * ldo + n * LANES;
+                for (int64_t j = 0; add && by->bias && !i && j < mt * count; j++)
+                    *(vec *)(here + j / count * ldo + j % count * LANES) += *(const vec *)(by->bias + (n + j % count) * LANES);
+                const float *begin = i || add ? here : by->bias ? by->bias + n * LANES : 0;
+                strip(mt, count, x + m * ldx + i, ldx, by->weight + n * ldw + i * LANES, ldw, length, here, ldo, begin,
+                      i || add ? ldo : 0);
+            }
+        }
+    }
+}
+
+/* --- the rest of a block */
+
+INLINE float total(vec v) {
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) v[i] += v[i + n];
+    return v[0];
+}
+
+INLINE float largest_of(vec v) {
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) v[i] = v[i] > v[i + n] ? v[i] : v[i + n];
+    return v[0];
+}
+
+INLINE vec exponential(vec x) { /* relative error about 1e-7; NaN stays NaN */
+    x = choose(x > 88.0f, spread(88.0f), x);
+    x = choose(x < -87.0f, spread(-87.0f), x);
+    vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vec)((__builtin_convertvector(n, ints) + 127) << 23);
+}
+
+/* h[m] = x[m] / rms(x[m]) * weight */
+static void norm(const Pass *pass, const Model *model, const float *weight) {
+    int64_t hidden = model->hidden, ldx = pad(hidden);
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < pass->tokens; m++) {
+        const float *x = pass->x + m * ldx;
+        vec squares = {0};
+        for (int64_t i = 0; i < ldx; i += LANES) squares += *(const vec *)(x + i) * *(const vec *)(x + i);
+        float scale = 1.0f / sqrtf(total(squares) / hidden + model->eps);
+        elem *h = pass->h + m * pass->ld_h;
+        for (int64_t i = 0; i < hidden; i += LANES)
+            store_some(h + i, *(const vec *)(x + i) * scale * *(const vec *)(weight + i), hidden - i);
+    }
+}
+
+INLINE elem *block_of(const Pass *pass, const Model *model, int64_t row, int64_t block, int64_t layer, int64_t group) {
+    elem *begin = (elem *)(uintptr_t)pass->blocks[row * pass->block_stride + block];
+    return begin + (layer * model->groups + group) * 2 * BLOCK * pad(model->head_dim);
+}
+
+/* One head of a query or key: normed where the model does that, turned by its position, scaled. */
+INLINE void turn(const Model *model, const Pass *pass, float *head, const float *norm_weight, int64_t position, float scale) {
+    int64_t size = model->head_dim, half = size / 2;
+    const float *cosines = pass->cosines + position * half, *sines = pass->sines + position * half;
+    if (norm_weight) {
+        float squares = 0;
+        for (int64_t i = 0; i < size; i++) squares += head[i] * head[i];
+        float by = 1.0f / sqrtf(squares / size + model->eps);
+        for (int64_t i = 0; i < size; i++) head[i] *= by * norm_weight[i];
+    }
+    for (int64_t i = 0; i < half; i++) {
+        float first = head[i], second = head[i + half];
+        head[i] = (first * cosines[i] - second * sines[i]) * scale;
+        head[i + half] = (second * cosines[i] + first * sines[i]) * scale;
+    }
+}
+
+/* Turn queries in place; put keys and values of the new tokens into the cache. */
+static void turn_and_store(const Pass *pass, const Model *model, int64_t number) {
+    const Layer *layer = model->layer + number;
+    int64_t size = model->head_dim, padded = pad(size), heads = model->heads, groups = model->groups;
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t m = 0; m < pass->tokens; m++)
+        for (int64_t n = 0; n < heads + groups; n++) {
+            float *head = pass->wide + m * pass->ld_wide + n * size;
+            int64_t position = pass->positions[m], t = position % BLOCK;
+            if (n < heads) {
+                turn(model, pass, head, layer->q_norm, position, 1.0f / sqrtf((float)size));
+                continue;
+            }
+            turn(model, pass, head, layer->k_norm, position, 1.0f);
+            elem *keys = block_of(pass, model, pass->row_of[m], position / BLOCK, number, n - heads);
+            elem *values = keys + BLOCK * padded;
+            const float *value = head + groups * size;
+            keys += t / LANES * padded * LANES + t % LANES * PAIR;
+            for (int64_t i = 0; i < size; i++) keys[i / PAIR * LANES * PAIR + i % PAIR] = narrow(head[i]);
+            values += t / PAIR * LANES * PAIR + t % PAIR;
+            for (int64_t i = 0; i < size; i++)
+                values[i / LANES * BLOCK * LANES + i % LANES * PAIR] = narrow(value[i]);
+        }
+}
+
+/* The softmax of scores over one more block of 64 tokens, of which the first `live` count: weights into p, the largest
+   score so far and the sum of weights kept; what was mixed before shrinks as the largest score grows (online softmax,
+   Milakov and Gimelshein 2018). */
+INLINE void soften(const float *scores, int64_t live, elem *p, float *largest, float *sum, float *mixed, int64_t size) {
+    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ints counts[BLOCK / LANES];
+    vec peaks = spread(*largest), weights = {0};
+    for (int i = 0; i < BLOCK / LANES; i++) {
+        counts[i] = lane + i * LANES < (int32_t)live;
+        vec here = choose(counts[i], ((const vec *)scores)[i], spread(-INFINITY));
+        peaks = choose(here > peaks, here, peaks);
+    }
+    float peak = largest_of(peaks), shrink = 1.0f;
+    if (peak != *largest) {
+        shrink = exponential(spread(*largest - peak))[0];
+        for (int64_t i = 0; i < size; i += LANES) *(vec *)(mixed + i) *= shrink;
+    }
+    for (int i = 0; i < BLOCK / LANES; i++) {
+        vec weight = choose(counts[i], exponential(((const vec *)scores)[i] - peak), (vec){0});
+        weights += weight;
+        store(p + i * LANES, weight);
+    }
+    *largest = peak;
+    *sum = *sum * shrink + total(weights);
+}
+
+/* Attention of up to QUERIES query heads of one group: number `begin` and on of the row's tokens x R. */
+static void attend_tile(const Pass *pass, const Model *model, int64_t number, int64_t row, int64_t group, int64_t begin,
+                        int mt) {
+    int64_t size = model->head_dim, padded = pad(size), share = model->heads / model->groups;
+    elem queries[QUERIES][padded], p[QUERIES][BLOCK];
+    float scores[QUERIES][BLOCK], mixed[QUERIES][padded], largest[QUERIES], sum[QUERIES];
+    int64_t place[QUERIES], last[QUERIES], blocks = 0;
+    for (int m = 0; m < mt; m++) {
+        place[m] = pass->row_begins[row] + (begin + m) / share;
+        last[m] = pass->positions[place[m]];
+        const float *query = pass->wide + place[m] * pass->ld_wide + (group * share + (begin + m) % share) * size;
+        memset(queries[m], 0, sizeof queries[m]);
+        memset(mixed[m], 0, sizeof mixed[m]);
+        for (int64_t i = 0; i < size; i += LANES) store_some(queries[m] + i, *(const vec *)(query + i), size - i);
+        largest[m] = -INFINITY, sum[m] = 0;
+        blocks = last[m] / BLOCK + 1 > blocks ? last[m] / BLOCK + 1 : blocks;
+    }
+    for (int64_t b = 0; b < blocks; b++) {
+        const elem *keys = block_of(pass, model, row, b, number, group), *values = keys + BLOCK * padded;
+        strip(mt, BLOCK / LANES, queries[0], padded, keys, padded * LANES, padded, scores[0], BLOCK, 0, 0);
+        for (int m = 0; m < mt; m++) {
+            if (last[m] < b * BLOCK)
+                memset(p[m], 0, sizeof p[m]);
+            else
+                soften(scores[m], last[m] + 1 - b * BLOCK < BLOCK ? last[m] + 1 - b * BLOCK : BLOCK, p[m], &largest[m], &sum[m], mixed[m], padded);
+        }
+        strip(mt, padded / LANES, p[0], BLOCK, values, BLOCK * LANES, BLOCK, mixed[0], padded, mixed[0], padded);
+    }
+    for (int m = 0; m < mt; m++) {
+        elem *out = pass->h + place[m] * pass->ld_h + (group * share + (begin + m) % share) * size;
+        for (int64_t i = 0; i < size; i += LANES) store_some(out + i, *(vec *)(mixed[m] + i) / sum[m], size - i);
+    }
+}
+
+/* h[m] = what the heads of token m gather from the cache */
+static void attend(const Pass *pass, const Model *model, int64_t number) {
+    int64_t share = model->heads / model->groups, most = 0;
+    for (int64_t row = 0; row < pass->rows; row++) {
+        int64_t queries = (pass->row_begins[row + 1] - pass->row_begins[row]) * share;
+        most = queries > most ? queries : most;
+    }
+    int64_t tiles = (most + QUERIES - 1) / QUERIES, width = model->heads * model->head_dim;
+#pragma omp for schedule(dynamic) collapse(3)
+    for (int64_t row = 0; row < pass->rows; row++)
+        for (int64_t group = 0; group < model->groups; group++)
+            for (int64_t t = 0; t < tiles; t++) {
+                int64_t queries = (pass->row_begins[row + 1] - pass->row_begins[row]) * share, begin = t * QUERIES;
+                if (begin < queries)
+                    attend_tile(pass, model, number, row, group, begin, queries - begin < QUERIES ? queries - begin : QUERIES);
+            }
+    if (pad_pair(width) > width)
+#pragma omp for
+        for (int64_t m = 0; m < pass->tokens; m++) pass->h[m * pass->ld_h + width] = 0;
+}
+
+/* h[m] = silu(gate) * up */
+static void gated(const Pass *pass, const Model *model) {
+    int64_t inner = model->inner, strips = (inner + LANES - 1) / LANES;
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t m = 0; m < pass->tokens; m++)
+        for (int64_t s = 0; s < strips; s++) {
+            const float *gate = pass->wide + m * pass->ld_wide + s * LANES, *up = gate + inner;
+            elem *h = pass->h + m * pass->ld_h + s * LANES;
+            vec g = *(const vec *)gate, u = *(const vec *)up;
+            store_some(h, g / (1.0f + exponential(-g)) * u, inner - s * LANES);
+        }
+}
+
+static void embed(const Pass *pass, const Model *model) {
+    int64_t hidden = model->hidden, ldx = pad(hidden);
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < pass->tokens; m++)
+        for (int64_t i = 0; i < ldx; i++)
+            pass->x[m * ldx + i] = i < hidden ? widen(model->embedding[pass->ids[m] * hidden + i]) : 0;
+}
+
+/* What comes before each of a block's four products; where the product is another library's, stages are called singly. */
+enum { EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL };
+
+static void before(const Pass *pass, const Model *model, int64_t layer, int which) {
+    switch (which) {
+    case EMBED: embed(pass, model); break;
+    case QKV: norm(pass, model, model->layer[layer].input_norm); break;
+    case ATTEND:
+        turn_and_store(pass, model, layer);
+        if (layer + 1 < model->layers || pass->last_states) attend(pass, model, layer);
+        break;
+    case GATE_UP: norm(pass, model, model->layer[layer].post_norm); break;
+    case DOWN: gated(pass, model); break;
+    case FINAL: norm(pass, model, model->norm); break;
+    }
+}
+
+void stage(const Pass *pass, const Model *model, int64_t layer, int64_t which) {
+#pragma omp parallel num_threads((int)pass->threads)
+    before(pass, model, layer, which);
+}
+
+/* Whether all tokens are in the vocabulary; the other functions trust them. */
+int64_t readable(const Pass *pass, const Model *model) {
+    for (int64_t m = 0; m < pass->tokens; m++)
+        if (pass->ids[m] < 0 || pass->ids[m] >= model->vocabulary) return 0;
+    return 1;
+}
+
+/* All layers; what the head reads is left in h. */
+void forward(const Pass *pass, const Model *model) {
+    int64_t ldx = pad(model->hidden);
+#pragma omp parallel num_threads((int)pass->threads)
+    {
+        before(pass, model, 0, EMBED);
+        for (int64_t i = 0; i < model->layers; i++) {
+            const Layer *layer = model->layer + i;
+            before(pass, model, i, QKV);
+            linear(&layer->qkv, pass->tokens, pass->h, pass->ld_h, pass->wide, pass->ld_wide, 0);
+            before(pass, model, i, ATTEND);
+            if (i + 1 == model->layers && !pass->last_states) break;
+            linear(&layer->o, pass->tokens, pass->h, pass->ld_h, pass->x, ldx, 1);
+            before(pass, model, i, GATE_UP);
+            linear(&layer->gate_up, pass->tokens, pass->h, pass->ld_h, pass->wide, pass->ld_wide, 0);
+            before(pass, model, i, DOWN);
+            linear(&layer->down, pass->tokens, pass->h, pass->ld_h, pass->x, ldx, 1);
+        }
+        if (pass->last_states) before(pass, model, 0, FINAL);
+    }
+}
+
+/* out [M, n] of x [M, ldx] */
+void product(const Linear *by, int64_t tokens, const elem *x, int64_t ldx, float *out, int64_t ldo, int64_t threads) {
+#pragma omp parallel num_threads((int)threads)
+    linear(by, tokens, x, ldx, out, ldo, 0);
+}

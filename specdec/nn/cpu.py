@@ -1,0 +1,275 @@
+"""``GPT`` on CPU for the few tokens of a decoding pass: cpu.c, compiled for this processor when first needed.
+
+Where there is no C compiler, or a model's dtype is neither bfloat16 nor float32, ``kernels`` is None and torch runs it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.errors import FallbackWarning
+from specdec.machine import cache_directory, processor
+from specdec.nn.gpt import GPT, head_size
+from specdec.nn.packed import PackedLinear, can_pack
+
+LANES = 16  # rows of a weight that lie side by side; see cpu.c
+SOURCE = Path(__file__).with_name("cpu.c")
+# NaN must stay NaN, so no -ffast-math. Sums of a product and what is added are fused everywhere or nowhere.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+VARIANTS = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
+
+EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL = range(6)  # the stages of cpu.c
+TRIED_TOKENS = (8, 16, 32, 64, 128)  # of passes that oneDNN is tried with
+WORTH_A_THREAD = 2**21  # multiplications, some tens of microseconds
+LEAST_TIMED = 2**17  # numbers in a weight; with smaller ones calls cost more than products
+CLEARLY_FASTER = 1.25  # how much faster oneDNN must be to be worth a second copy of the weights
+
+
+class Linear(Structure):
+    """A packed weight; see ``pack``."""
+
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64)]
+
+
+class Layer(Structure):
+    """Pointers to one block's weights."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, Linear) for name in ("qkv", "o", "gate_up", "down")),
+    ]
+
+
+class Model(Structure):
+    """Sizes and pointers of a whole model."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("layers", "hidden", "heads", "groups", "head_dim", "inner")),
+        ("eps", c_float),
+        ("embedding", c_void_p),
+        ("vocabulary", c_int64),
+        ("norm", c_void_p),
+        ("head", Linear),
+        ("layer", POINTER(Layer)),
+    ]
+
+
+class Pass(Structure):
+    """One pass over M tokens of several rows."""
+
+    _fields_ = [
+        ("tokens", c_int64),
+        *((name, c_void_p) for name in ("ids", "positions", "row_of")),
+        ("rows", c_int64),
+        *((name, c_void_p) for name in ("row_begins", "blocks")),
+        ("block_stride", c_int64),
+        *((name, c_void_p) for name in ("cosines", "sines", "x", "h", "wide")),
+        *((name, c_int64) for name in ("ld_h", "ld_wide", "last_states", "threads")),
+    ]
+
+
+@cache
+def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled functions for models of ``dtype``; None where there are none. Compiling takes seconds, once."""
+    if dtype not in VARIANTS or not SOURCE.is_file():
+        return None
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    command = [*compiler.split(), *FLAGS, *VARIANTS[dtype]]
+    described = [*command, processor(), platform.platform(), SOURCE.read_text(encoding="utf-8")]
+    name = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
+    library = cache_directory() / "kernels" / f"{name}.so"
+    try:
+        if not library.is_file():
+            _compile(command, library)
+        found = ctypes.CDLL(str(library))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"decoding on CPU is slower: {compiler} cannot compile it ({said})", FallbackWarning, stacklevel=2
+        )
+        return None
+    found.readable.restype = c_int64
+    return found
+
+
+def _compile(command: list[str], library: Path) -> None:
+    """The library appears whole or not at all, whoever else makes it at the same time."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        subprocess.run([*command, "-o", str(made), str(SOURCE), "-lm"], check=True, capture_output=True, text=True)
+        os.replace(made, library)
+
+
+def pad(size: int, to: int = LANES) -> int:
+    """The next multiple of ``to``."""
+    return -(-size // to) * to
+
+
+def pair(dtype: torch.dtype) -> int:
+    """How many neighbouring k lie side by side."""
+    return 2 if dtype == torch.bfloat16 else 1
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [N, K] in the order in which cpu.c reads it, padded with zeros."""
+    step = pair(weight.dtype)
+    rows, columns = weight.shape
+    padded = nn.functional.pad(weight, (0, pad(columns, step) - columns, 0, pad(rows) - rows))
+    return padded.view(-1, LANES, pad(columns, step) // step, step).transpose(1, 2).contiguous()
+
+
+def blocks_of(model: GPT) -> list[Any]:
+    """The model's layers; torch does not tell their type."""
+    return list(model.layers)
+
+
+class CpuModel:
+    """A ``GPT``'s weights packed, and the structure that the compiled functions read. The ``GPT`` is not kept."""
+
+    def __init__(self, model: GPT) -> None:
+        config, self.dtype = model.config, model.embed_tokens.weight.dtype
+        self._kept: list[Tensor] = []  # what the structures point into
+        self.layers = (Layer * config.num_hidden_layers)()
+        for ours, layer in zip(self.layers, blocks_of(model), strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            ours.input_norm = self._floats(layer.input_layernorm.weight)
+            ours.post_norm = self._floats(layer.post_attention_layernorm.weight)
+            for name in ("q_norm", "k_norm"):
+                norm = getattr(attention, name, None)
+                setattr(ours, name, None if norm is None else self._floats(norm.weight))
+            ours.qkv, ours.o = self._linear(attention.qkv_proj), self._linear(attention.o_proj)
+            ours.gate_up, ours.down = self._linear(mlp.gate_up_proj), self._linear(mlp.down_proj)
+        self.hidden, self.vocab_size = config.hidden_size, config.vocab_size
+        self.heads, self.groups, self.head_dim = (
+            config.num_attention_heads, config.num_key_value_heads, head_size(config)
+        )  # fmt: skip
+        self.inner = config.intermediate_size
+        self.head = self._linear(model.lm_head)
+        embedding = self._keep(model.embed_tokens.weight.detach().contiguous())
+        self.struct = Model(
+            config.num_hidden_layers, self.hidden, self.heads, self.groups, self.head_dim, self.inner,
+            config.rms_norm_eps, embedding, self.vocab_size, self._floats(model.norm.weight), self.head, self.layers,
+        )  # fmt: skip
+        self.reference = ctypes.byref(self.struct)
+        self.multiplications = sum(
+            x.n * x.k for layer in self.layers for x in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
+        self.widest_input = max(pad(self.hidden), pad(self.heads * self.head_dim), pad(self.inner))
+        self.widest_output = max(self.layers[0].qkv.n, self.layers[0].gate_up.n + LANES)
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _floats(self, vector: Tensor) -> int:
+        return self._keep(nn.functional.pad(vector.detach().float(), (0, pad(len(vector)) - len(vector))))
+
+    def _linear(self, layer: nn.Linear) -> Linear:
+        packed = pack(layer.weight.detach())
+        bias = None if layer.bias is None else self._floats(layer.bias)
+        return Linear(self._keep(packed), bias, pad(layer.out_features), pad(layer.in_features, pair(self.dtype)))
+
+
+def threads_for(multiplications: int) -> int:
+    """How many threads are worth waiting for each other."""
+    return min(torch.get_num_threads(), 1 + multiplications // WORTH_A_THREAD)
+
+
+def product(library: ctypes.CDLL, by: Linear, x: Tensor, out: Tensor) -> None:
+    """out [M, n] = x [M, k or more] times the packed weight."""
+    pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0)), ctypes.c_void_p(out.data_ptr())
+    threads = ctypes.c_int64(threads_for(len(x) * by.n * by.k))
+    library.product(ctypes.byref(by), ctypes.c_int64(len(x)), *pointers, ctypes.c_int64(out.stride(0)), threads)
+
+
+class OtherProducts:
+    """The four products of every block by oneDNN, for passes of ``least_tokens`` and more; the rest stays compiled."""
+
+    def __init__(self, library: ctypes.CDLL, model: GPT, least_tokens: int) -> None:
+        self._library, self.least_tokens = library, least_tokens
+        parts = [
+            (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+            for layer in blocks_of(model)
+        ]
+        self._layers = [[PackedLinear(part) for part in layer] for layer in parts]
+
+    @classmethod
+    def where_faster(cls, library: ctypes.CDLL, model: GPT) -> OtherProducts | None:
+        """Those for ``model`` if a few products of its largest weight, timed, say that they are worth it."""
+        linear = blocks_of(model)[0].mlp.gate_up_proj
+        if linear.weight.numel() < LEAST_TIMED or not can_pack(linear):
+            return None
+        least = _crossover(library, linear)
+        return None if least is None else cls(library, model, least)
+
+    def forward(self, described: Pass, packed: CpuModel, x: Tensor, h: Tensor, wide: Tensor) -> None:
+        """As cpu.c's ``forward``; x, h and wide are what the pass's pointers point to."""
+        tokens, last = described.tokens, packed.struct.layers - 1
+
+        def stage(layer: int, which: int) -> None:
+            self._library.stage(ctypes.byref(described), packed.reference, ctypes.c_int64(layer), ctypes.c_int64(which))
+
+        def multiply(layer: int, which: int) -> Tensor:
+            linear = self._layers[layer][which]
+            return linear(h[:tokens, : linear.in_features])
+
+        stage(0, EMBED)
+        for layer in range(last + 1):
+            for which, (before, adds) in enumerate(((QKV, False), (ATTEND, True), (GATE_UP, False), (DOWN, True))):
+                stage(layer, before)
+                if layer == last and not described.last_states and before == ATTEND:
+                    return
+                found = multiply(layer, which)
+                if adds:
+                    x[:tokens, : found.shape[1]] += found
+                else:
+                    wide[:tokens, : found.shape[1]] = found
+        stage(0, FINAL)
+
+
+def _crossover(library: ctypes.CDLL, linear: nn.Linear) -> int | None:
+    """The fewest tokens whose product with this weight oneDNN computes clearly faster than we; None for never."""
+    weight = linear.weight.detach()
+    ours, theirs = pack(weight), PackedLinear(linear)
+    by = Linear(ours.data_ptr(), None, pad(linear.out_features), pad(linear.in_features, pair(weight.dtype)))
+    x = torch.zeros(TRIED_TOKENS[-1], by.k, dtype=weight.dtype)
+    out = torch.empty(len(x), by.n, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # then thread time is all of the work, and other programs cannot disturb the measurement
+    try:
+        for tokens in TRIED_TOKENS:
+            own = _seconds(partial(product, library, by, x[:tokens], out[:tokens]))
+            if _seconds(partial(theirs, x[:tokens, : linear.in_features])) * CLEARLY_FASTER < own:
+                return tokens
+    finally:
+        torch.set_num_threads(threads)
+    return None
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    """Processor time of the fastest of a few calls."""
+    found = []
+    for _ in range(4):
+        started = time.thread_time()
+        function()
+        found.append(time.thread_time() - started)
+    return min(found)
