@@ -1,26 +1,30 @@
 """One Llama-style decoder that trains and decodes, and reads and writes Hugging Face checkpoints.
 
 RMSNorm, rotary positions, SwiGLU, grouped-query attention, tied or untied head: `transformers`'
-``modeling_llama.py`` is the reference. Query, key and value (and gate and up) are one matrix each here, because a
-decoding step is bound by the number of launches; ``state_to_hf`` and ``state_from_hf`` split and join them.
+``modeling_llama.py`` is the reference, and Mistral, Qwen2 and Qwen3 are the same but for what ``parts`` lists. Query,
+key and value (and gate and up) are one matrix each here, because a decoding step is bound by the number of launches;
+``state_to_hf`` and ``state_from_hf`` split and join them.
 
 Shapes: B rows, T tokens, H query heads, G key/value heads, D head size, L cache length, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from itertools import product
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specdec.errors import ModelError
 from specdec.nn.causal import causal_attention
 from specdec.nn.documents import Documents
 
+Config: TypeAlias = LlamaConfig | MistralConfig | Qwen2Config | Qwen3Config
+FAMILIES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 STATIC_ROPE = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence length
 
 
@@ -39,16 +43,46 @@ class Cache(Protocol):
         """Position of every new token in its row, [B, T]."""
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+class Parts(NamedTuple):
+    """Weights that the blocks of some families have and those of others lack."""
 
-    def __init__(self, config: LlamaConfig, layer: int, dropout: float) -> None:
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    head_norms: bool
+
+
+def parts(config: Config) -> Parts:
+    """The optional weights of this configuration's blocks."""
+    # By class, not by field: a config.json may hold fields that its family's own code never reads.
+    biased = isinstance(config, LlamaConfig | Qwen3Config) and config.attention_bias
+    return Parts(
+        qkv_bias=biased or isinstance(config, Qwen2Config),
+        o_bias=biased,
+        mlp_bias=isinstance(config, LlamaConfig) and config.mlp_bias,
+        head_norms=isinstance(config, Qwen3Config),
+    )
+
+
+def head_size(config: Config) -> int:
+    """Channels of a head; Qwen2's configurations do not name them."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; ``q_norm`` and ``k_norm`` are None in families without them."""
+
+    def __init__(self, config: Config, layer: int, dropout: float) -> None:
         super().__init__()
+        has = parts(config)
         self.layer, self.dropout = layer, dropout
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.groups) * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.head_dim = head_size(config)
+        width = (self.heads + 2 * self.groups) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=has.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=has.o_bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if has.head_norms else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if has.head_norms else None
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None, documents: Documents | None
@@ -56,6 +90,9 @@ class Attention(nn.Module):
         rows, length, _ = x.shape
         heads = self.qkv_proj(x).view(rows, length, -1, self.head_dim)
         turned, values = heads.split([self.heads + self.groups, self.groups], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = turned.split([self.heads, self.groups], dim=2)
+            turned = torch.cat([self.q_norm(queries), self.k_norm(keys)], dim=2)
         queries, keys = rotate(turned, *rope).split([self.heads, self.groups], dim=2)
         dropout = self.dropout if self.training else 0.0
         if documents is not None:
@@ -73,10 +110,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        bias = parts(config).mlp_bias
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -86,7 +124,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: LlamaConfig, layer: int, dropout: float) -> None:
+    def __init__(self, config: Config, layer: int, dropout: float) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, layer, dropout)
@@ -102,9 +140,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A causal language model. ``config`` is Hugging Face's ``LlamaConfig``; ``dropout`` acts in training only."""
+    """A causal language model. ``config`` is Hugging Face's, one of ``FAMILIES``; ``dropout`` acts in training only."""
 
-    def __init__(self, config: LlamaConfig, dropout: float = 0.0) -> None:
+    def __init__(self, config: Config, dropout: float = 0.0) -> None:
         super().__init__()
         _check_supported(config)
         self.config = config
@@ -143,6 +181,8 @@ class GPT(nn.Module):
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -166,10 +206,17 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tenso
     return mixed.view(rows, heads, length, head_dim).transpose(1, 2)
 
 
-def why_unsupported(config: LlamaConfig) -> str | None:
-    """Why this Llama configuration cannot run in ``GPT``; None when it can."""
-    if config.attention_bias or config.mlp_bias:
-        return "it has biases in attention or MLP"
+def why_unsupported(config: PreTrainedConfig) -> str | None:
+    """Why a model with this configuration cannot run in ``GPT``; None when it can."""
+    if type(config) not in FAMILIES:  # a subclass may change anything
+        return f"it is none of {', '.join(family.__name__ for family in FAMILIES)}"
+    if getattr(config, "quantization_config", None) is not None:
+        return "its weights are quantized"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        return f"its attention has a sliding window of {window}, less than its context"
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+        return "not all of its layers are of type 'full_attention'"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act!r}, not 'silu'"
     if config.rope_parameters["rope_type"] not in STATIC_ROPE:
@@ -179,18 +226,21 @@ def why_unsupported(config: LlamaConfig) -> str | None:
     return None
 
 
-def _check_supported(config: LlamaConfig) -> None:
+def _check_supported(config: PreTrainedConfig) -> None:
     if reason := why_unsupported(config):
-        raise ModelError(f"GPT cannot run this Llama configuration: {reason}; load it as a Hugging Face model instead")
+        raise ModelError(
+            f"GPT cannot run this {type(config).__name__}: {reason}; load it as a Hugging Face model instead"
+        )
 
 
-def rope_frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
+def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     """Angle per position of each pair of channels [D / 2], and the scale of cosines and sines."""
     kind = config.rope_parameters["rope_type"]
     if kind != "default":
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         return frequencies, float(scale)
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    size = head_size(config)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
     return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
 
@@ -200,25 +250,25 @@ _JOINED = {
 }
 
 
-def state_from_hf(state: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
-    """``GPT``'s state dict of a ``LlamaForCausalLM`` one: the same weights, projections joined."""
+def state_from_hf(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """``GPT``'s state dict of a Hugging Face causal LM's: the same weights and biases, projections joined."""
     # Old checkpoints also hold rotary frequencies, which the configuration determines.
     kept = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
     result = {name.removeprefix("model."): tensor for name, tensor in kept.items()}
     if config.tie_word_embeddings and "embed_tokens.weight" in result:
         result["lm_head.weight"] = result["embed_tokens.weight"]
     for layer in range(config.num_hidden_layers):
-        for joined, parts in _JOINED.items():
-            names = [f"layers.{layer}.{part}.weight" for part in parts]
+        for (joined, split), kind in product(_JOINED.items(), ("weight", "bias")):
+            names = [f"layers.{layer}.{name}.{kind}" for name in split]
             if all(name in result for name in names):
-                result[f"layers.{layer}.{joined}.weight"] = torch.cat([result.pop(name) for name in names])
+                result[f"layers.{layer}.{joined}.{kind}"] = torch.cat([result.pop(name) for name in names])
     return result
 
 
 def state_to_hf(model: GPT) -> dict[str, Tensor]:
-    """The ``LlamaForCausalLM`` state dict of a ``GPT``: projections split, tied head left out, all contiguous."""
+    """The Hugging Face causal LM's state dict of a ``GPT``: projections split, tied head left out, all contiguous."""
     config = model.config
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    query, key = (heads * head_size(config) for heads in (config.num_attention_heads, config.num_key_value_heads))
     sizes = {
         "self_attn.qkv_proj": (query, key, key),
         "mlp.gate_up_proj": (config.intermediate_size, config.intermediate_size),

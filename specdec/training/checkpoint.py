@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from specdec.errors import CheckpointError
 from specdec.nn.gpt import GPT, state_to_hf
@@ -208,7 +209,7 @@ def save_pretrained(model: GPT, tokenizer: PreTrainedTokenizerFast, directory: P
 
     def write(target: Path) -> None:
         config = type(model.config).from_dict(model.config.to_dict())  # the model's own stays as it is
-        config.architectures = ["LlamaForCausalLM"]
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
         config.save_pretrained(target)
         state = {name: tensor.detach().cpu() for name, tensor in state_to_hf(model).items()}

@@ -1,4 +1,4 @@
-"""Our GPT is Hugging Face's Llama: same weights, same logits, with and without a cache."""
+"""Our GPT is Hugging Face's Llama and its kin: same weights, same logits, with and without a cache."""
 
 from __future__ import annotations
 
@@ -9,9 +9,21 @@ import pytest
 import torch
 from ragged import Checked, random_walk
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from specdec.errors import ModelError
+from specdec.lm.base import CachedLM
+from specdec.lm.cpu import CpuLM
 from specdec.lm.hf import HFLM
 from specdec.lm.native import NativeLM
 from specdec.nn.gpt import GPT, state_from_hf, state_to_hf
@@ -38,10 +50,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
         "rms_norm_eps": 1e-2,
     },
+    "attention biases": {"attention_bias": True},
+    "mlp biases": {"mlp_bias": True},
+    "Mistral": {"kind": MistralConfig, "sliding_window": None},
+    "Mistral with a window of its context": {"kind": MistralConfig, "sliding_window": 64, "head_dim": 16},
+    "Mistral with fields that it never reads": {"kind": MistralConfig, "attention_bias": True, "mlp_bias": True},
+    "Qwen2": {"kind": Qwen2Config},
+    "Qwen2, tied": {"kind": Qwen2Config, "tie_word_embeddings": True},
+    "Qwen3": {"kind": Qwen3Config, "head_dim": 16, "rms_norm_eps": 1e-2},
+    "Qwen3, tied, with biases": {
+        "kind": Qwen3Config,
+        "head_dim": 8,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
 }
 
 
-def config(**changes: Any) -> LlamaConfig:
+class ChangedConfig(LlamaConfig):
+    """Somebody's architecture that began as a Llama."""
+
+
+def config(kind: type[PreTrainedConfig] = LlamaConfig, **changes: Any) -> PreTrainedConfig:
     shape = {
         "vocab_size": 61,
         "hidden_size": 32,
@@ -52,15 +82,15 @@ def config(**changes: Any) -> LlamaConfig:
         "max_position_embeddings": 64,
         "initializer_range": 0.3,
     }
-    return LlamaConfig(**{**shape, **changes})
+    return kind(**{**shape, **changes})
 
 
-def pair(changes: dict[str, Any]) -> tuple[LlamaForCausalLM, GPT]:
+def pair(changes: dict[str, Any]) -> tuple[PreTrainedModel, GPT]:
     """The same random weights in both."""
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(config(**changes)).eval().requires_grad_(False)
+    theirs = AutoModelForCausalLM.from_config(config(**changes)).eval().requires_grad_(False)
     for name, weight in theirs.named_parameters():
-        if "norm" in name:
+        if "norm" in name or name.endswith("bias"):
             weight.add_(torch.randn_like(weight) * 0.3)
     ours = GPT(theirs.config).eval().requires_grad_(False)
     ours.load_state_dict(state_from_hf(theirs.state_dict(), theirs.config))
@@ -78,7 +108,7 @@ def test_logits_are_those_of_transformers(variant: str) -> None:
     expected = theirs(text, use_cache=False).logits
     torch.testing.assert_close(ours.lm_head(ours(text)), expected, rtol=1e-5, atol=1e-5 * float(expected.std()))
 
-    for lm in (NativeLM(ours), HFLM(theirs)):
+    for lm in (NativeLM(ours), CpuLM(ours), HFLM(theirs)):
         checked = Checked(lm, lambda row: theirs(torch.tensor([row]), use_cache=False).logits[0], tolerance=1e-5)
         random_walk(checked, steps=12, seed=1)
 
@@ -91,6 +121,27 @@ def test_scaled_frequencies_matter_here() -> None:
         logits.append(LlamaForCausalLM(config(**VARIANTS[variant])).eval()(tokens(1, 40)).logits)
     for other in logits[1:]:
         assert (other - logits[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("variant", "kinds"),
+    [
+        ("attention biases", {"q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias"}),
+        ("mlp biases", {"gate_proj.bias", "up_proj.bias", "down_proj.bias"}),
+        ("Qwen2", {"q_proj.bias", "k_proj.bias", "v_proj.bias"}),
+        ("Qwen3", {"q_norm.weight", "k_norm.weight"}),
+    ],
+)
+def test_the_weights_that_not_all_families_have_matter_here(variant: str, kinds: set[str]) -> None:
+    theirs, ours = pair(VARIANTS[variant])
+    before = ours.lm_head(ours(tokens(1, 40)))
+    state = theirs.state_dict()
+    plain = {name.partition("layers.0.")[2] for name in LlamaForCausalLM(config()).state_dict()}
+    found = [name for name in state if "layers.0." in name and name.partition("layers.0.")[2] not in plain]
+    assert {".".join(name.split(".")[-2:]) for name in found} == kinds
+    for name in found:
+        ours.load_state_dict(state_from_hf({**state, name: torch.zeros_like(state[name])}, theirs.config))
+        assert (ours.lm_head(ours(tokens(1, 40))) - before).abs().max() > 0.1, name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -111,23 +162,31 @@ def test_checkpoints_convert_both_ways(variant: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"attention_bias": True}, "biases"),
-        ({"mlp_bias": True}, "biases"),
+        (
+            {"kind": Qwen3MoeConfig},
+            "Qwen3MoeConfig: it is none of LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config",
+        ),
+        ({"kind": ChangedConfig}, "ChangedConfig: it is none of"),
+        ({"kind": MistralConfig, "sliding_window": 63}, "sliding window of 63"),
+        ({"kind": Qwen2Config, "use_sliding_window": True, "sliding_window": 9}, "sliding window of 9"),
+        ({"kind": Qwen3Config, "use_sliding_window": True, "max_window_layers": 1}, "full_attention"),
+        ({"kind": Qwen2Config, "quantization_config": {"quant_method": "awq"}}, "quantized"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ],
 )
-def test_a_llama_that_is_not_ours_is_refused(changes: dict[str, Any], reason: str) -> None:
+def test_a_model_that_is_not_ours_is_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         GPT(config(**changes))
 
 
+@pytest.mark.parametrize("way", [NativeLM, CpuLM])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
-def test_the_given_model_is_left_alone(changes: dict[str, Any]) -> None:
+def test_the_given_model_is_left_alone(changes: dict[str, Any], way: type[CachedLM]) -> None:
     _, model = pair(changes)
     model.train()
     before = copy.deepcopy(model.state_dict())
-    lm = NativeLM(model)
+    lm = way(model)
     lm.reserve(1, 8)
     lm.fill([[1, 2, 3]])
     lm.append(tokens(1, 2))
@@ -139,6 +198,13 @@ def test_the_given_model_is_left_alone(changes: dict[str, Any]) -> None:
     assert all(weight.grad is not None for weight in model.parameters())
 
 
+@pytest.mark.parametrize("variant", ["attention biases", "mlp biases", "Qwen2", "Qwen3"])
+def test_a_new_model_begins_as_transformers_begins_it(variant: str) -> None:
+    for name, weight in GPT(config(**VARIANTS[variant])).state_dict().items():
+        if name.endswith("bias") or "norm" in name:
+            assert torch.equal(weight, torch.full_like(weight, 0.0 if name.endswith("bias") else 1.0)), name
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = GPT(config(), dropout=0.5)
     text = tokens(1, 8)
@@ -147,10 +213,11 @@ def test_dropout_acts_in_training_only() -> None:
     random_walk(checked, steps=10, seed=0)
 
 
-def test_bfloat16_has_the_angles_of_float32() -> None:
-    theirs, ours = pair(VARIANTS["llama3 rope"])
+@pytest.mark.parametrize("variant", ["llama3 rope", "Qwen2", "Qwen3"])
+def test_bfloat16_is_as_near_to_float32_as_transformers(variant: str) -> None:
+    theirs, ours = pair(VARIANTS[variant])
     exact = ours.lm_head(ours(tokens(1, 60)))
-    coarse = copy.deepcopy(ours).bfloat16()
+    coarse = NativeLM(copy.deepcopy(ours).bfloat16()).model
     reference = copy.deepcopy(theirs).to(torch.bfloat16)
     error = (coarse.lm_head(coarse(tokens(1, 60))).float() - exact).square().mean().sqrt()
     usual = (reference(tokens(1, 60)).logits.float() - exact).square().mean().sqrt()
