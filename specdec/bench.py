@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,9 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec.draft import Drafter
 from specdec.engine import Engine
+from specdec.errors import PeerError
 from specdec.stats import Stats
 
 PLAIN = "plain"
+PARTS = {"prompt": "prefill_share", "draft": "draft_share", "verify": "verify_share", "bookkeeping": "overhead_share"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Measurement:
     """How one method did on one set of prompts. ``speedup`` is to the baseline in the same interleaved rounds.
 
     Seconds are those of the median round; shares are parts of them. ``same_text`` counts rows equal to the baseline's,
-    which is plain decoding unless another one was named.
+    which is plain decoding unless another one was named; None for sampled text. ``passes_per_second`` are the target's,
+    prompts left out. ``family`` and ``num_draft_tokens`` are those of a ``sweep.Way``.
     """
 
     method: str
@@ -51,10 +55,19 @@ class Measurement:
     acceptance_rate: float | None = None
     mean_acceptance_length: float | None = None
     acceptance_rate_per_position: list[float] = field(default_factory=list)
+    passes_per_second: float | None = None
+    prefill_share: float | None = None
     draft_share: float | None = None
     verify_share: float | None = None
     overhead_share: float | None = None
     same_text: int | None = None
+    family: str = ""
+    num_draft_tokens: int | str = 0
+
+    @property
+    def cell(self) -> tuple[int, float]:
+        """What is the same for methods that can be compared: batch size and temperature."""
+        return self.batch, self.temperature
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -101,9 +114,14 @@ def hf_method(model: PreTrainedModel, **generate_settings: Any) -> Method:
 
 def one_by_one(method: Method) -> Method:
     """``method`` at batch 1 on several prompts: one call after the other, counted as one run."""
+    return in_groups(method, 1)
+
+
+def in_groups(method: Method, size: int) -> Method:
+    """``method`` on ``size`` prompts at a time: one call after the other, counted as one run."""
 
     def run(prompts: Sequence[Sequence[int]]) -> Run:
-        runs = [method([prompt]) for prompt in prompts]
+        runs = [method(prompts[i : i + size]) for i in range(0, len(prompts), size)]
         counters = [found.stats for found in runs if found.stats is not None]
         stats = sum(counters[1:], counters[0]) if counters else None
         return Run([row for found in runs for row in found.token_ids], sum(found.seconds for found in runs), stats)
@@ -125,6 +143,11 @@ def hf_settings(max_new_tokens: int, temperature: float = 0.0) -> dict[str, Any]
     return {"max_new_tokens": max_new_tokens, "pad_token_id": 0, **sampling}
 
 
+def kind_of_text(temperature: float) -> str:
+    """What a temperature is called."""
+    return f"T={temperature:g}" if temperature else "greedy"
+
+
 def compare(
     methods: Mapping[str, Method],
     prompts: Sequence[Sequence[int]],
@@ -144,11 +167,19 @@ def timed_rounds(
     rounds: int = 5,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Run]]:
-    """The runs behind ``compare``: for every method one per round, the warm-up left out."""
+    """The runs behind ``compare``: for every method one per round, the warm-up left out.
+
+    A peer that fails is left out with a warning, whenever it does.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in methods}
     for turn in range(rounds + 1):
-        for name, method in methods.items():
-            run = method(prompts)
+        for name in list(runs):
+            try:
+                run = methods[name](prompts)
+            except PeerError as error:
+                warnings.warn(f"{name} is left out: {error}", stacklevel=2)
+                del runs[name]
+                continue
             progress()
             if turn > 0:
                 runs[name].append(run)
@@ -174,7 +205,8 @@ def _summary(name: str, runs: list[Run], plain: list[Run] | None, batch: int, te
             base.seconds / run.seconds * sum(map(len, run.token_ids)) / sum(map(len, base.token_ids))
             for run, base in pairs
         )
-        same = sum(a == b for a, b in zip(median.token_ids, plain[0].token_ids, strict=True))
+        if temperature == 0:
+            same = sum(a == b for a, b in zip(median.token_ids, plain[0].token_ids, strict=True))
     known = _known(median.stats) if median.stats is not None else {}
     return Measurement(
         name, batch, temperature, statistics.median(speeds), speedup, max(speeds), min(speeds), len(runs),
@@ -184,12 +216,15 @@ def _summary(name: str, runs: list[Run], plain: list[Run] | None, batch: int, te
 
 def _known(stats: Stats) -> dict[str, Any]:
     total = stats.total_seconds
+    decoding = total - stats.prefill_seconds
     return {
         "acceptance_rate": stats.acceptance_rate if stats.num_draft_tokens else None,
         "mean_acceptance_length": stats.mean_acceptance_length,
         "acceptance_rate_per_position": stats.acceptance_rate_per_position,
+        "passes_per_second": stats.num_target_passes / decoding if decoding > 0 else None,
+        "prefill_share": stats.prefill_seconds / total,
         "draft_share": stats.draft_seconds / total,
-        "verify_share": (stats.verify_seconds + stats.prefill_seconds) / total,
+        "verify_share": stats.verify_seconds / total,
         "overhead_share": stats.overhead_seconds / total,
     }
 
@@ -209,7 +244,7 @@ def table(measurements: Sequence[Measurement], title: str) -> Table:
             "-" if m.acceptance_rate is None else f"{m.acceptance_rate:.0%}",
             "-" if m.mean_acceptance_length is None else f"{m.mean_acceptance_length:.2f}",
             "-" if m.overhead_share is None else f"{m.overhead_share:.0%}",
-            end_section=i + 1 < len(measurements) and measurements[i + 1].batch != m.batch,
+            end_section=i + 1 < len(measurements) and measurements[i + 1].cell != m.cell,
         )
     result.caption = (
         "accepted: share of drafted tokens; length: tokens per target pass;\noverhead: time outside the models"

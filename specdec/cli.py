@@ -1,11 +1,11 @@
-"""The command line: ``specdec demo | generate | bench | train``."""
+"""The command line: ``specdec demo | generate | bench | tune | train | distill``."""
 
 from __future__ import annotations
 
-import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import transformers
 import typer
@@ -34,16 +34,38 @@ Draft = Annotated[
     list[str] | None,
     typer.Option(
         help="Directory or hub id of a draft model, or 'ngram' (prompt lookup: no model needed); "
-        "given both, the lookup where the text repeats itself, the model elsewhere."
+        "given both, the lookup where the text repeats itself, the model elsewhere. "
+        "'tuned' or a .json file: what specdec tune found best."
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU when there is one.")]
 MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to generate per row.")]
 NumDraftTokens = Annotated[
-    str, typer.Option(help="Tokens drafted per step; 0 is plain decoding, auto what pays most here, measured.")
+    str | None,
+    typer.Option(
+        help="Tokens drafted per step; 0 is plain decoding, auto what pays most here, measured. "
+        "Default: auto, or what --draft tuned says."
+    ),
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Compared = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--draft",
+        help="Directory or hub id of a draft model; repeatable. Prompt lookup is always compared, "
+        "alone and with every model.",
+    ),
+]
+Lengths = Annotated[
+    list[str] | None, typer.Option(help="Draft lengths: 3, 1..8 or auto; repeatable. Default auto and 1..8.")
+]
+Batch = Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable. Default 1 and 8.", min=1)]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="Text file; paragraphs between blank lines are prompts. Default: held-out code.")
+]
+Prompts = Annotated[int, typer.Option(help="How many prompts to use, at most.", min=1)]
+Rounds = Annotated[int, typer.Option(help="Timed rounds; medians are reported.", min=1)]
 
 
 def main() -> None:
@@ -74,9 +96,11 @@ def demo(
     run(picture, Console())
 
 
-def _draft_length(given: str) -> int | str:
+def _draft_length(given: str | None) -> dict[str, Any]:
     """What ``Settings`` takes for it; it refuses what is neither a number nor "auto"."""
-    return int(given) if given.lstrip("-").isdecimal() else given
+    if given is None:
+        return {}
+    return {"num_draft_tokens": int(given) if given.lstrip("-").isdecimal() else given}
 
 
 def _drafters(names: list[str] | None) -> str | list[str] | None:
@@ -91,7 +115,7 @@ def generate(
     prompt_file: Annotated[Path | None, typer.Option(help="A text file that is one prompt.")] = None,
     draft: Draft = None,
     max_new_tokens: MaxNewTokens = 128,
-    num_draft_tokens: NumDraftTokens = AUTO,
+    num_draft_tokens: NumDraftTokens = None,
     temperature: Temperature = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that make up this mass; 1 is off.")] = 1.0,
@@ -126,7 +150,7 @@ def generate(
         print(piece.text, end="", flush=True)
 
     output = engine.generate(
-        prompts, max_new_tokens=max_new_tokens, num_draft_tokens=_draft_length(num_draft_tokens), temperature=temperature,
+        prompts, max_new_tokens=max_new_tokens, **_draft_length(num_draft_tokens), temperature=temperature,
         top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
         n=n, rule=rule, on_piece=write if single else None,
     )  # fmt: skip
@@ -139,52 +163,100 @@ def generate(
 @app.command()
 def bench(
     model: Target,
-    draft: Draft = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="Text file; paragraphs between blank lines are prompts. Default: held-out code.")
-    ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable. Default 1 and 8.")] = None,
+    draft: Compared = None,
+    prompt_file: PromptFile = None,
+    prompts: Prompts = 4,
+    batch: Batch = None,
+    k: Lengths = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="0 is greedy; repeatable. Default 0.", min=0)] = None,
     max_new_tokens: MaxNewTokens = 64,
-    num_draft_tokens: NumDraftTokens = AUTO,
-    temperature: Temperature = 0.0,
-    rounds: Annotated[int, typer.Option(help="Timed rounds; medians are reported.")] = 5,
-    json_file: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Also draw them here (PNG).")] = None,
+    rounds: Rounds = 3,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also measure Hugging Face, and OpenVINO GenAI and vLLM where installed.")
+    ] = False,
+    peer_python: Annotated[
+        list[str] | None, typer.Option(help="A Python interpreter that has such a peer; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html, .md, .png and .json.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Compare plain decoding, prompt lookup and a draft model on your own model and prompts.
+    """Compare plain decoding and every drafter at every draft length on your own models and prompts.
 
-    Example: specdec bench ./target --draft ./draft --prompt-file prompts.txt
+    Example: specdec bench ./target --draft ./draft --prompt-file prompts.txt --out report
     """
-    from specdec import bench as benchmark
-    from specdec.drafters.ngram import NgramDrafter
-    from specdec.load import load
+    from specdec import sweep
+    from specdec.bench import table
+    from specdec.limit import Limit, read_bandwidth
     from specdec.machine import machine
-    from specdec.picture import draw
+    from specdec.report import Report
 
-    engine = load(model, draft=_drafters(draft), dtype=dtype, device=device)
-    drafters = {
-        "prompt lookup": NgramDrafter(),
-        **({" + ".join(draft): engine.drafter} if engine.drafter and draft else {}),
-    }
-    sizes = batch or [1, 8]
-    prompts = _bench_prompts(engine.tokenizer, prompt_file, max(sizes))
+    lengths = sweep.lengths_of(k or sweep.EVERY_LENGTH)
+    plain, drafting = sweep.engines(model, draft or [], dtype=dtype, device=device)
+    texts = _bench_prompts(plain.tokenizer, prompt_file, prompts)
+    ways = sweep.own_ways(plain, drafting, lengths, max_new_tokens)
+    console = Console()
+    with ExitStack() as stack:
+        if peers or peer_python:
+            helper = sweep.first_model(drafting)
+            ways += sweep.installed_ways(stack, model, helper, plain, lengths, max_new_tokens, peer_python or [])
+        found = sweep.measure(
+            ways, texts, batches=batch or [1, 8], temperatures=temperature or [0.0], rounds=rounds, console=console
+        )
+    target = plain.target
     settings = {
-        "max_new_tokens": max_new_tokens,
-        "num_draft_tokens": _draft_length(num_draft_tokens),
-        "temperature": temperature,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "prompts": len(texts),
+        "new tokens": max_new_tokens,
+        "rounds": rounds,
     }
-    methods = benchmark.own_methods(engine, drafters, **settings)
-    found = []
-    for size in sizes:
-        found += benchmark.compare(methods, prompts[:size], rounds=rounds, temperature=temperature)
-    Console().print(benchmark.table(found, f"{model}, medians of {rounds} rounds"))
-    if json_file is not None:
-        figures = {"machine": machine(), "measurements": [m.as_dict() for m in found]}
-        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    if picture is not None:
-        draw(found, picture, model)
+    limit = Limit(read_bandwidth(target.device), target.weight_bytes) if target.weight_bytes else None
+    report = Report(f"{model}: ways to generate", found, machine(), settings, limit)
+    console.print(table(found, f"{model}, medians of {rounds} rounds"))
+    for line in report.lines():
+        console.print(line, highlight=False)
+    if out is not None:
+        report.write(out)
+        console.print(f"Report: {out / 'report.html'}")
+
+
+@app.command()
+def tune(
+    model: Target,
+    draft: Compared = None,
+    prompt_file: PromptFile = None,
+    prompts: Prompts = 4,
+    batch: Batch = None,
+    k: Lengths = None,
+    max_new_tokens: MaxNewTokens = 64,
+    rounds: Rounds = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="The file; its name ends in .json. Default: specdec-tune.json in MODEL.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Measure what suits a pair best on this machine, greedy and sampled, for --draft tuned of generate.
+
+    Example: specdec tune ./target --draft ./draft && specdec generate ./target --draft tuned --prompt "def main("
+    """
+    from specdec import sweep
+    from specdec.bench import table
+    from specdec.tune import choose, place
+
+    file = place(model, out)
+    lengths = sweep.lengths_of([AUTO, *(k or sweep.EVERY_LENGTH)])
+    plain, drafting = sweep.engines(model, draft or [], dtype=dtype, device=device)
+    ways = sweep.own_ways(plain, drafting, lengths, max_new_tokens)
+    texts = _bench_prompts(plain.tokenizer, prompt_file, prompts)
+    console = Console()
+    found = sweep.measure(ways, texts, batches=batch or [1, 8], temperatures=[0.0, 1.0], rounds=rounds, console=console)
+    console.print(table(found, f"{model}, medians of {rounds} rounds"))
+    tuned = choose(found, {name: one.draft for name, one in drafting.items()}, model)
+    tuned.write(file)
+    for line in tuned.lines():
+        console.print(line, highlight=False)
+    console.print(f"Settings: {file}", highlight=False)
 
 
 @app.command()
@@ -250,14 +322,18 @@ def distill(
 
 
 def _bench_prompts(tokenizer: PreTrainedTokenizerBase | None, file: Path | None, count: int) -> list[list[int]]:
-    """At least ``count`` prompts: the paragraphs of a file, repeated as needed, or held-out standard library code."""
+    """At most ``count`` prompts: the first paragraphs of a file, or held-out standard library code."""
     from specdec.training.data import gather, held_out_prompts
 
     if tokenizer is None:
-        raise ConfigError("bench needs the model's tokenizer, and there is none next to its weights")
+        raise ConfigError("bench and tune need the model's tokenizer, and there is none next to its weights")
     if file is None:
         return held_out_prompts(tokenizer, gather("stdlib"), count=count, tokens=128)
-    paragraphs = [part for part in file.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{file} cannot be read as text: {error}") from error
+    paragraphs = [part for part in text.split("\n\n") if part.strip()]
     if not paragraphs:
         raise PromptError(f"{file} holds no prompt; expected paragraphs between blank lines")
-    return [tokenizer(paragraphs[i % len(paragraphs)])["input_ids"] for i in range(max(count, len(paragraphs)))]
+    return [tokenizer(paragraph)["input_ids"] for paragraph in paragraphs[:count]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -271,16 +270,3 @@ class Adaptive:
 def _count(decisions: Decisions, step: Step) -> None:
     width = max(step.drafted)
     decisions.lengths[width] = decisions.lengths.get(width, 0) + 1
-
-
-class Stopwatch:
-    """Seconds since it was last asked."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last call, or since it was made."""
-        now = time.perf_counter()
-        passed, self._last = now - self._last, now
-        return passed

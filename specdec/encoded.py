@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from specdec.errors import ConfigError, PromptError, SpecDecError
+from specdec.lm.base import CachedLM
 from specdec.lm.encdec import EncoderDecoderLM
 from specdec.processors import Processing
 from specdec.requests import Limits, Prompts, Settings, build_requests, check_prompt, token_lists
@@ -30,7 +31,7 @@ def encoded_requests(
     settings: Settings,
     limits: Limits,
     tokenizer: PreTrainedTokenizerBase | None,
-    lm: EncoderDecoderLM,
+    lm: CachedLM,
 ) -> list[Request | SpecDecError]:
     """One request per output, in order; its prompt is the decoder's start token, its ``source`` is the user's prompt.
 
@@ -38,6 +39,7 @@ def encoded_requests(
     encoder's arguments (input_features, pixel_values, ...), or a list of such mappings of one row each. A mapping may
     have "decoder_input_ids" [rows, T], with which the decoder then begins.
     """
+    assert isinstance(lm, EncoderDecoderLM), "of what encodes, only this says how its decoder begins"
     sources = _sources(prompts, attention_mask, limits, tokenizer, lm)
     begins = [_decoder_begin(source, lm) for source in sources]
     found = build_requests(begins, None, settings, limits, tokenizer)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from specdec.control import Adaptive, Controller, FixedLength, Stopwatch
+from specdec.admission import Admission
+from specdec.control import Adaptive, Controller, FixedLength
 from specdec.costs import Costs, read_costs, write_costs
 from specdec.draft import Draft, Drafter
 from specdec.encoded import encoded_requests
 from specdec.errors import ConfigError, GenerationError, SpecDecError
-from specdec.lm.base import CachedLM, catch_up
-from specdec.lm.encdec import EncoderDecoderLM
+from specdec.lm.base import CachedLM
 from specdec.requests import Limits, Prompts, Settings, build_requests
 from specdec.sequences import Request, Row, Sequences, Step
 from specdec.stats import Stats
@@ -142,7 +141,7 @@ class Engine:
 
     def _call(self, prompts: Prompts, attention_mask: Tensor | None, given: dict[str, Any], *, streaming: bool) -> Call:
         settings = Settings.of(given)
-        if isinstance(self.target, EncoderDecoderLM):
+        if self.target.encodes:
             requests = encoded_requests(prompts, attention_mask, settings, self.limits, self.tokenizer, self.target)
         else:
             requests = build_requests(prompts, attention_mask, settings, self.limits, self.tokenizer)
@@ -153,7 +152,7 @@ class Engine:
 
 
 class Call:
-    """One run of the loop: its rows, waiting, live and finished, and what it counted."""
+    """One run of the loop: its rows, on their way in, live and finished, and what it counted."""
 
     def __init__(
         self,
@@ -185,7 +184,8 @@ class Call:
             for index, request in enumerate(requests)
             if isinstance(request, Request)
         }
-        self.waiting = deque(self.rows.values())
+        places = min(settings.max_batch_size, len(self.rows))
+        self.admission = Admission(self.rows.values(), places, self.sequences, self.target, self.drafter)
 
     def steps(self) -> Iterator[Step]:
         """Run to the end, one step at a time. However it ends, the models' caches are left empty."""
@@ -196,14 +196,16 @@ class Call:
         drafting = getattr(self.drafter, "forward_seconds", 0.0)
         try:
             self._reserve()
-            while self.waiting or len(self.sequences):
+            while len(self.admission) or len(self.sequences):
                 self._admit()
+                if not len(self.sequences):
+                    continue  # there is more to read before anything can decode
                 step = self._step()
                 self._release(step)
                 self.stats.total_seconds = time.perf_counter() - started
                 yield step
         finally:
-            self._free(0)
+            self._empty()
             self.engine.busy = False
             self.engine.keep_costs()
             self.stats.total_seconds = time.perf_counter() - started
@@ -244,69 +246,44 @@ class Call:
 
     @torch.inference_mode()
     def _admit(self) -> None:
-        """Waiting rows take free slots, and every live row is read up to its last token."""
-        free = self.settings.max_batch_size - len(self.sequences)
-        joining = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-        rows = self.sequences.rows
-        known = {row.request.sample_of for row in rows}
-        siblings = []
-        for row in joining:
-            if row.request.sample_of in known:
-                siblings.append(row)
-            else:
-                known.add(row.request.sample_of)
-                self.target.enter(len(rows), row.request.source)
-                rows.append(row)
+        """Waiting rows take free places, a part of what they must read is read, and those that are done go live."""
         before = self.target.forward_seconds
-        self._catch_up()
-        for row in siblings:
-            self._share_prompt(row)
-        if siblings:
-            self._catch_up()
+        ready = self.admission.admit()
         self.stats.prefill_seconds += self.target.forward_seconds - before
-        self.stats.num_requests += len(joining)
-        self.stats.num_prompt_tokens += sum(len(row.request.prompt) for row in joining)
-
-    def _catch_up(self) -> None:
-        catch_up(self.target, [row.tokens for row in self.sequences.rows], self.sequences.starts, slack=1)
-
-    def _share_prompt(self, row: Row) -> None:
-        """Give a new row the prompt that a live sample of the same prompt has already read."""
-        rows = self.sequences.rows
-        source = next(slot for slot, other in enumerate(rows) if other.request.sample_of == row.request.sample_of)
-        if self.target.starts[source] == 0:
-            self._copy(source, len(rows), len(row.request.prompt) - 1)
-        else:
-            self.target.enter(len(rows), row.request.source)
-        rows.append(row)
+        self.stats.num_requests += len(ready)
+        self.stats.num_prompt_tokens += sum(len(row.request.prompt) for row in ready)
 
     def _release(self, step: Step) -> None:
-        """Finished rows leave; the last rows take their slots."""
-        if step.finished:
-            self.sequences.remove(step.finished, self._copy)
-            self._free(len(self.sequences))
-
-    def _copy(self, source: int, target: int, length: int | None = None) -> None:
-        self.target.copy(source, target, length)
+        """Finished rows leave; the last live rows take their slots."""
+        if not step.finished:
+            return
+        live = len(self.sequences)
+        self.sequences.remove(step.finished, self._copy)
+        for slot in range(len(self.sequences), live):
+            self.target.forget(slot)
         if self.drafter is not None:
-            self.drafter.copy(source, target, length)
+            self.drafter.free(len(self.sequences))  # of rows that are not live it has read nothing
 
-    def _free(self, rows: int) -> None:
-        self.target.free(rows)
+    def _copy(self, source: int, target: int) -> None:
+        self.target.copy(source, target)
         if self.drafter is not None:
-            self.drafter.free(rows)
+            self.drafter.copy(source, target)
+
+    def _empty(self) -> None:
+        self.target.free(0)
+        if self.drafter is not None:
+            self.drafter.free(0)
 
     def _reserve(self) -> None:
         """Size the caches by what was asked for."""
         if not self.rows:
             return
-        rows = min(self.settings.max_batch_size, len(self.rows))
         longest = max(row.request.max_length for row in self.rows.values())
         drafted = self.settings.most_draft_tokens + 1
         length = longest + drafted
-        self.target.reserve(rows, min(length, self.target.context + drafted))
+        self.target.reserve(self.admission.places, min(length, self.target.context + drafted))
         if self.drafter is not None:
-            self.drafter.reserve(rows, length)
+            self.drafter.reserve(self.admission.places, length)
 
     def _count(self, step: Step) -> None:
         self.stats.num_target_passes += 1
@@ -355,3 +332,16 @@ class Call:
         if row is None or self.engine.tokenizer is None:
             return ""
         return row.text.text if row.text is not None else decode(self.engine.tokenizer, row.new_tokens)
+
+
+class Stopwatch:
+    """Seconds since it was last asked."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since it was made."""
+        now = time.perf_counter()
+        passed, self._last = now - self._last, now
+        return passed

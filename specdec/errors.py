@@ -6,7 +6,8 @@ SpecDecError
 ├── VocabularyError   target and draft do not share a vocabulary
 ├── CheckpointError   a checkpoint that is missing, incomplete or damaged (also an OSError)
 ├── ModelError        weights or logits that are not finite, an architecture that cannot be run exactly
-└── GenerationError   some rows of a batch failed; carries the finished result of all the others
+├── GenerationError   some rows of a batch failed; carries the finished result of all the others
+└── PeerError         another program that was to be measured beside ours failed
 
 FallbackWarning       a model is run in a way that is exact and slower   (a UserWarning)
 """
@@ -46,6 +47,10 @@ class GenerationError(SpecDecError, RuntimeError):
     def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)
         self.result = result
+
+
+class PeerError(SpecDecError, RuntimeError):
+    """Another program that was to be measured beside ours is missing or failed."""
 
 
 class FallbackWarning(UserWarning):

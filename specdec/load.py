@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,11 +34,13 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
 from specdec.errors import CheckpointError, ConfigError, ModelError, VocabularyError
+from specdec.limit import weight_bytes
 from specdec.lm.base import CachedLM
 from specdec.lm.hf import hf_lm
-from specdec.lm.native import NativeLM
+from specdec.lm.native import native_lm
 from specdec.machine import cache_directory, machine
-from specdec.nn.gpt import GPT, state_from_hf, why_unsupported
+from specdec.nn.gpt import GPT, Config, state_from_hf, why_unsupported
+from specdec.tuned import TunedEngine, tuned_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {"ngram": NgramDrafter}
@@ -61,7 +63,8 @@ def load(
 
     target: a directory, a Hugging Face hub id, a ``PreTrainedModel``, a ``GPT`` or a ``CachedLM``.
     draft: any of these, the name of a drafter that needs no model ("ngram"), a ``Drafter``, or None for plain decoding;
-        a model and "ngram" in a list: the lookup where the text repeats itself, the model elsewhere.
+        a model and "ngram" in a list: the lookup where the text repeats itself, the model elsewhere; "tuned" or a .json
+        file: what ``specdec tune`` found best, draft lengths too where a call leaves them open.
     dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own. device: "cpu", "cuda", or "auto".
     Neither applies to models that come as objects: those are run as they are.
 
@@ -70,11 +73,15 @@ def load(
     """
     place = _device(device)
     wanted = _dtype(dtype)
+    tuned = tuned_for(draft, target, checkpoint_directory)
+    if tuned is not None:
+        draft = tuned.draft if len(tuned.draft) > 1 else next(iter(tuned.draft), None)
     target_lm = load_lm(target, dtype=wanted, device=place)
     tokenizer = tokenizer or find_tokenizer(target)
     vocab_size = _real_vocab_size(target_lm, tokenizer)
     drafter = _load_drafter(draft, target_lm, tokenizer, wanted, place, vocab_size)
-    return Engine(
+    make = Engine if tuned is None else partial(TunedEngine, tuned)
+    return make(
         target_lm, drafter, tokenizer=tokenizer, eos_ids=_eos_ids(target, target_lm), vocab_size=vocab_size,
         costs_file=costs_file(target_lm, drafter),
     )  # fmt: skip
@@ -99,7 +106,7 @@ def _description(lm: CachedLM | None) -> list[Any]:
 
 
 def load_lm(model: ModelLike, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> CachedLM:
-    """A model with a cache: ours for every Llama it can run, Hugging Face's own code for all others."""
+    """A model with a cache: ours for every checkpoint it can run, Hugging Face's own code for all others."""
     if isinstance(model, CachedLM):
         return model
     if isinstance(model, nn.Module):
@@ -107,21 +114,24 @@ def load_lm(model: ModelLike, *, dtype: torch.dtype | None = None, device: torch
     elif not isinstance(model, str | Path):
         raise _no_model(model)
     else:
-        found = _load_model(_directory(str(model)), dtype)
+        found = _load_model(checkpoint_directory(str(model)), dtype)
         found = found.to(device or torch.device("cpu"))
     check_finite(found)
     if isinstance(found, GPT):
-        return NativeLM(found)
-    if isinstance(found, PreTrainedModel):
-        return hf_lm(found)
-    raise _no_model(found)
+        lm: CachedLM = native_lm(found)
+    elif isinstance(found, PreTrainedModel):
+        lm = hf_lm(found)
+    else:
+        raise _no_model(found)
+    lm.weight_bytes = weight_bytes(found)
+    return lm
 
 
 def load_model(
     name: str | Path, *, dtype: str = "auto", device: str = "auto"
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A checkpoint's model, without a cache, and its tokenizer; arguments and errors are those of ``load``."""
-    model = _load_model(_directory(str(name)), _dtype(dtype)).to(_device(device))
+    model = _load_model(checkpoint_directory(str(name)), _dtype(dtype)).to(_device(device))
     check_finite(model)
     tokenizer = find_tokenizer(name)
     if tokenizer is None:
@@ -134,7 +144,7 @@ def accepted_length(target: GPT, draft: GPT, prompts: list[list[int]], new_token
     device = target.embed_tokens.weight.device
     if draft.embed_tokens.weight.device != device:
         draft = copy.deepcopy(draft).to(device)
-    engine = Engine(NativeLM(target), ModelDrafter(NativeLM(draft)))
+    engine = Engine(native_lm(target), ModelDrafter(native_lm(draft)))
     output = engine.generate(
         prompts, max_new_tokens=new_tokens, num_draft_tokens=DEFAULT_DRAFT_TOKENS, max_batch_size=len(prompts),
         eos_token_id=None,
@@ -149,8 +159,8 @@ def _no_model(given: object) -> ConfigError:
     )
 
 
-def load_gpt(directory: Path, config: LlamaConfig, dtype: torch.dtype | None = None) -> GPT:
-    """Our GPT with the weights of a Llama checkpoint; every weight must be there, and no other."""
+def load_gpt(directory: Path, config: Config, dtype: torch.dtype | None = None) -> GPT:
+    """Our GPT with the weights of a checkpoint; every weight must be there, and no other."""
     state: dict[str, torch.Tensor] = {}
     for file in _weight_files(directory):
         try:
@@ -197,7 +207,7 @@ def find_tokenizer(model: object) -> PreTrainedTokenizerBase | None:
     if not name:
         return None
     try:
-        directory = _directory(name)
+        directory = checkpoint_directory(name)
     except CheckpointError:
         return None  # a model without a tokenizer is fine: prompts then come as token ids
     if not any(file.name in TOKENIZER_FILES or file.suffix == ".model" for file in directory.iterdir()):
@@ -218,7 +228,7 @@ def _load_model(directory: Path, dtype: torch.dtype | None) -> nn.Module:
         config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # transformers checks fields with exceptions of many kinds
         raise CheckpointError(f"{directory}/config.json cannot be read as a model configuration: {error}") from error
-    if isinstance(config, LlamaConfig) and type(config) is LlamaConfig and why_unsupported(config) is None:
+    if why_unsupported(config) is None:
         return load_gpt(directory, config, dtype or _config_dtype(config))
     loader: Any = AutoModelForCausalLM
     if config.is_encoder_decoder:
@@ -231,12 +241,12 @@ def _load_model(directory: Path, dtype: torch.dtype | None) -> nn.Module:
     return model.eval()
 
 
-def _config_dtype(config: LlamaConfig) -> torch.dtype | None:
+def _config_dtype(config: Config) -> torch.dtype | None:
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
-def _directory(name: str) -> Path:
+def checkpoint_directory(name: str) -> Path:
     """The directory of a checkpoint: the path itself, or the hub's download (or cached copy) of that id."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -349,7 +359,7 @@ def _eos_ids(target: ModelLike, lm: CachedLM) -> frozenset[int]:
     """The target's end-of-text ids, from its generation config or its config."""
     config: Any = getattr(target, "generation_config", None)
     if isinstance(target, str | Path):
-        directory = _directory(str(target))
+        directory = checkpoint_directory(str(target))
         if (directory / "generation_config.json").is_file():
             config = GenerationConfig.from_pretrained(directory)
         else:

@@ -1,4 +1,4 @@
-"""One picture of a comparison: how fast each method is, and how acceptance falls with position."""
+"""Pictures of comparisons: how fast each method is, where its time goes, how acceptance falls with position."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ matplotlib.use("Agg")  # files only: no display is needed, or looked for
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from specdec.bench import Measurement
+from specdec.bench import PARTS, Measurement, kind_of_text
+from specdec.control import AUTO
 
-COLOURS = ("#8d99ae", "#2a9d8f", "#e9a23b", "#d1603d", "#6d597a", "#457b9d")
+COLOURS = ("#8d99ae", "#2a9d8f", "#e9a23b", "#d1603d", "#6d597a", "#457b9d", "#9a031e", "#606c38", "#000000")
+PART_COLOURS = ("#ced4da", "#e9a23b", "#2a9d8f", "#6d597a")
 
 
 def draw(measurements: Sequence[Measurement], path: Path, title: str) -> None:
@@ -60,3 +62,80 @@ def _acceptance_lines(axes: Axes, measurements: Sequence[Measurement], colours: 
     axes.set_title(f"acceptance by position (batch {largest})", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_sweep(measurements: Sequence[Measurement], path: Path, title: str) -> None:
+    """Save, for every batch size and temperature, speed by draft length, time by part and acceptance by position."""
+    cells = list(dict.fromkeys(m.cell for m in measurements))
+    families = list(dict.fromkeys(m.family for m in measurements))
+    colours = {family: COLOURS[i % len(COLOURS)] for i, family in enumerate(families)}
+    figure, rows = plt.subplots(
+        len(cells), 3, figsize=(15, 4.2 * len(cells)), width_ratios=(4, 3, 3), layout="constrained", squeeze=False
+    )
+    for (batch, temperature), (speed, parts, acceptance) in zip(cells, rows, strict=True):
+        here = [m for m in measurements if m.cell == (batch, temperature)]
+        _speed_by_length(speed, here, colours)
+        _time_by_part(parts, here)
+        _acceptance_by_position(acceptance, here, colours)
+        speed.set_title(f"batch {batch}, {kind_of_text(temperature)}", fontsize=10)
+        for axes in (speed, parts, acceptance):
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _speed_by_length(axes: Axes, here: Sequence[Measurement], colours: dict[str, str]) -> None:
+    """A line per family over its fixed lengths, 0 being plain decoding; what is chosen as it goes stands at the end."""
+    longest = max((m.num_draft_tokens for m in here if isinstance(m.num_draft_tokens, int)), default=0)
+    for family, colour in colours.items():
+        own = [m for m in here if m.family == family]
+        fixed = sorted((m.num_draft_tokens, m.tokens_per_second) for m in own if isinstance(m.num_draft_tokens, int))
+        if len(fixed) == 1 and fixed[0][0] == 0:
+            axes.axhline(fixed[0][1], color=colour, linestyle="--", linewidth=1.2, label=family)
+        elif fixed:
+            axes.plot(*zip(*fixed, strict=True), marker="o", markersize=4, color=colour, label=family)
+        for m in own:
+            if m.num_draft_tokens == AUTO:
+                label = None if fixed else family
+                axes.plot(longest + 1, m.tokens_per_second, marker="*", markersize=12, color=colour, label=label)
+    axes.set_xticks(range(longest + 2), [*map(str, range(longest + 1)), AUTO])
+    axes.set_xlabel("tokens drafted per step")
+    axes.set_ylabel("tokens per second")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
+
+
+def _time_by_part(axes: Axes, here: Sequence[Measurement]) -> None:
+    """Stacked bars of plain decoding and of every drafter at its fastest."""
+    fastest: dict[str, Measurement] = {}
+    for m in sorted((m for m in here if m.draft_share is not None), key=lambda m: m.tokens_per_second):
+        fastest[m.family] = m
+    shown = [fastest[family] for family in dict.fromkeys(m.family for m in here) if family in fastest][::-1]
+    left = [0.0] * len(shown)
+    for (name, field), colour in zip(PARTS.items(), PART_COLOURS, strict=True):
+        widths = [100 * (getattr(m, field) or 0.0) for m in shown]
+        axes.barh(range(len(shown)), widths, left=left, color=colour, label=name)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(shown)), [m.method for m in shown], fontsize=8)
+    axes.set_xlabel("% of the time")
+    axes.set_title("time by part, each drafter at its fastest", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.14))
+
+
+def _acceptance_by_position(axes: Axes, here: Sequence[Measurement], colours: dict[str, str]) -> None:
+    """Every drafter's longest drafts, of a fixed length where there is one."""
+    longest: dict[str, Measurement] = {}
+    for m in sorted(here, key=lambda m: (m.num_draft_tokens != AUTO, len(m.acceptance_rate_per_position))):
+        if m.acceptance_rate_per_position:
+            longest[m.family] = m
+    for family, m in sorted(longest.items(), key=lambda item: list(colours).index(item[0])):
+        rates = [100 * rate for rate in m.acceptance_rate_per_position]
+        places = range(1, len(rates) + 1)
+        axes.plot(places, rates, marker="o", markersize=4, color=colours[family], label=m.method)
+    axes.set_ylim(0, 103)
+    axes.set_xlabel("position in the draft")
+    axes.set_ylabel("accepted up to here, % of drafts")
+    axes.set_title("acceptance by position", fontsize=10)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)

@@ -43,6 +43,27 @@ def test_prompts_one_by_one_are_one_run() -> None:
     assert run.stats is not None and run.stats.num_generated_tokens == 30 and run.stats.total_seconds == 3
 
 
+def test_prompts_in_groups_are_one_run_and_keep_their_order() -> None:
+    run = bench.in_groups(method([1.0, 2.0]), 2)([[1], [1, 2], [1, 2, 3]])
+    assert run.seconds == 3 and [row[0] for row in run.token_ids] == [1, 2, 3]
+
+
+def test_sampled_texts_are_not_compared() -> None:
+    runs = bench.timed_rounds({"plain": method([1, 1]), "other": method([1, 1])}, [[1]], rounds=1)
+    assert [m.same_text for m in bench.summaries(runs)] == [1, 1]
+    assert [m.same_text for m in bench.summaries(runs, temperature=0.5)] == [None, None]
+
+
+def test_parts_are_shares_of_the_whole_and_passes_those_after_the_prompt() -> None:
+    stats = Stats(
+        num_target_passes=30, num_row_steps=30, num_generated_tokens=60, prefill_seconds=1.0, draft_seconds=0.5,
+        verify_seconds=2.0, total_seconds=4.0,
+    )  # fmt: skip
+    (found,) = bench.summaries({"plain": [Run([[1] * 60], 4.0, stats)]})
+    assert [getattr(found, name) for name in bench.PARTS.values()] == [0.25, 0.125, 0.5, 0.125]
+    assert found.passes_per_second == 10
+
+
 def test_the_batch_size_is_the_prompts() -> None:
     (found,) = bench.compare({"plain": method([1, 1])}, [[1], [2], [3]], rounds=1)
     assert found.batch == 3

@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 
 from specdec import __version__
 from specdec.cli import app, main
+from specdec.tuned import Choice, Tuned, fingerprint, read_tuned
+from test_peers import openvino
 
 runner = CliRunner()
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["bench"], ["train"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["bench"], ["tune"], ["train"], ["demo"]])
 def test_help_teaches(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -46,18 +48,57 @@ def test_several_prompts_print_in_order(tiny_pair: Path, tmp_path: Path) -> None
 
 
 def test_bench_compares_on_the_users_prompts(tiny_pair: Path, tmp_path: Path) -> None:
-    prompts, figures, picture = tmp_path / "p.txt", tmp_path / "out.json", tmp_path / "out.png"
-    prompts.write_text("def a():\n    return 1\n\nimport sys\n")
+    prompts, out = tmp_path / "p.txt", tmp_path / "report"
+    prompts.write_text("def a():\n    return 1\n\nimport sys\n\nnever read")
     result = runner.invoke(
         app,
         ["bench", str(tiny_pair / "target"), "--draft", str(tiny_pair / "draft"), "--prompt-file", str(prompts),
-         "--batch", "2", "--rounds", "1", "--max-new-tokens", "8", "--json-file", str(figures), "--picture", str(picture)],
+         "--batch", "2", "--temperature", "0", "--temperature", "1", "--k", "auto", "--k", "2..3", "--rounds", "1",
+         "--prompts", "2", "--max-new-tokens", "8", "--out", str(out)],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    measured = json.loads(figures.read_text())
-    assert measured["machine"]["cores"] >= 1
-    assert {m["method"] for m in measured["measurements"]} == {"plain", "prompt lookup", str(tiny_pair / "draft")}
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    measured = json.loads((out / "report.json").read_text())
+    assert measured["machine"]["cores"] >= 1 and measured["settings"]["prompts"] == 2
+    assert measured["limit"]["passes_per_second"] > 0
+    own = [f"{drafter} {k}" for drafter in ("draft", "draft + lookup", "lookup") for k in ("auto", "k=2", "k=3")]
+    found = [(m["method"], m["batch"], m["temperature"]) for m in measured["measurements"]]
+    assert found == [(name, 2, temperature) for temperature in (0.0, 1.0) for name in ("plain", *own)]
+    assert "Batch 2, greedy: " in result.output and "of the limit" in result.output
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_measures_peers_beside_ours(tiny_pair: Path, tmp_path: Path) -> None:
+    target, draft = str(tiny_pair / "target"), str(tiny_pair / "draft")
+    result = runner.invoke(
+        app,
+        ["bench", target, "--draft", draft, "--batch", "1", "--batch", "2", "--k", "2", "--rounds", "1", "--prompts", "2",
+         "--dtype", "bfloat16", "--max-new-tokens", "6", "--peer-python", openvino(tmp_path), "--out", str(tmp_path / "r")],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "r/report.json").read_text())["measurements"]
+    peers = {batch: [m["method"] for m in found if m["batch"] == batch][4:] for batch in (1, 2)}
+    always = ["HF generate", "OpenVINO GenAI", "OpenVINO GenAI k=2"]
+    assert peers == {1: [always[0], "HF assisted k=2", "HF lookup k=2", *always[1:]], 2: always}
+    same = {m["method"]: m["same_text"] for m in found if m["batch"] == 1}
+    assert same["plain"] == 2 and same["OpenVINO GenAI"] == 0
+
+
+def test_what_tune_writes_is_what_generate_reads(tiny_pair: Path, tmp_path: Path) -> None:
+    target, draft, file = str(tiny_pair / "target"), str(tiny_pair / "draft"), tmp_path / "best.json"
+    result = runner.invoke(
+        app,
+        ["tune", target, "--draft", draft, "--batch", "1", "--k", "2", "--rounds", "1", "--prompts", "1",
+         "--max-new-tokens", "8", "--out", str(file)],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    tuned = read_tuned(file)
+    assert set(tuned.draft) <= {draft, "ngram"} and [c.greedy for c in tuned.choices] in ([True, False], [])
+    write_tuned = Tuned((draft,), (Choice(1, True, 2, 1.5),), tuned.target, (fingerprint(tiny_pair / "draft"),))
+    write_tuned.write(file)
+    command = ["generate", target, "--prompt", "def main(", "--max-new-tokens", "12", "--draft", str(file), "--stats"]
+    followed, given = runner.invoke(app, command), runner.invoke(app, [*command, "--num-draft-tokens", "3"])
+    assert followed.exit_code == given.exit_code == 0, followed.output
+    assert " 2: " in followed.stderr and " 3: " not in followed.stderr and " 3: " in given.stderr
 
 
 @pytest.mark.parametrize(
@@ -66,6 +107,8 @@ def test_bench_compares_on_the_users_prompts(tiny_pair: Path, tmp_path: Path) ->
         (["generate", "/nowhere", "--prompt", "x"], "CheckpointError"),
         (["generate", "/nowhere"], "no prompt given"),
         (["train", "/nowhere.toml"], "nowhere.toml"),
+        (["bench", "/nowhere", "--k", "many"], "k must be a number, a range such as 1..8, or auto, got 'many'"),
+        (["tune", "nowhere/at-all"], "pass --out FILE.json"),
     ],
 )
 def test_a_mistake_is_one_clear_line(

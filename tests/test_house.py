@@ -16,7 +16,7 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # Lowest first. A module may import those of lower layers and of its own; a package stands for all its modules.
 LAYERS = [
-    ["errors", "machine"],
+    ["errors", "machine", "limit"],
     ["sampling"],
     ["processors"],
     ["draft"],
@@ -25,12 +25,13 @@ LAYERS = [
     ["sequences"],
     ["control"],
     ["drafters", "requests", "training"],
-    ["encoded"],
+    ["encoded", "admission"],
     ["engine"],
+    ["tuned"],
     ["load"],
     ["generate", "plugin"],
     [""],  # specdec itself, the public names
-    ["bench", "picture", "lm_eval", "distill"],
+    ["bench", "picture", "report", "peers", "sweep", "tune", "lm_eval", "distill"],
     ["demo"],
     ["cli"],
     ["__main__"],

@@ -15,16 +15,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import specdec
 from specdec import CheckpointError, ConfigError, ModelError, SpecDecError, VocabularyError
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.lm.native import NativeLM
+from specdec.lm.cpu import CpuLM
+from specdec.lm.hf import HFLM
 from specdec.load import load_gpt
 from specdec.nn.gpt import GPT, state_to_hf
+from specdec.training.checkpoint import save_pretrained
 from toys import native, noisy, tiny_gpt
 
 VOCAB = 64
@@ -93,7 +104,7 @@ def test_a_checkpoint_runs_as_the_model_it_was_saved_from(gpt: GPT, saved: Path)
     for target in (saved, str(saved), gpt, native(gpt)):
         for draft in (None, saved, str(saved), gpt, native(gpt), "ngram", NgramDrafter()):
             found = specdec.load(target, draft=draft, device="cpu")
-            assert isinstance(found.target, NativeLM) and found.target.dtype == torch.float32
+            assert isinstance(found.target, CpuLM) and found.target.dtype == torch.float32
             assert found.generate([[1, 2, 3]], max_new_tokens=20).token_ids == expected
     assert specdec.generate(saved, [[1, 2, 3]], draft=saved, max_new_tokens=20).token_ids == expected
     assert specdec.generate(saved, "w1 w2 w3", max_new_tokens=20).token_ids == expected
@@ -151,6 +162,87 @@ def test_ends_of_text_come_from_the_generation_config_or_the_config(copied: Path
     assert specdec.load(copied).limits.eos_ids == {5}
     GenerationConfig(eos_token_id=[7, 9]).save_pretrained(copied)
     assert specdec.load(copied).limits.eos_ids == {7, 9}
+
+
+# --- Families
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    **dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"]),
+}
+OURS: dict[str, Callable[[], Any]] = {
+    "Llama with biases": lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "Mistral": lambda: MistralConfig(**SHAPE, sliding_window=128),
+    "Qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "Qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
+}
+WINDOWED: dict[str, Callable[[], Any]] = {
+    "Mistral": lambda: MistralConfig(**SHAPE, sliding_window=8),
+    "Qwen2": lambda: Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "Qwen3": lambda: Qwen3Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+}
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13], [14, 15]]
+
+
+def save_theirs(config: Any, directory: Path) -> PreTrainedModel:
+    """A random model of transformers, saved by it, no weight of which can be left out unnoticed."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            weight.add_(torch.randn_like(weight) * 0.3)
+    model.save_pretrained(directory)
+    return model
+
+
+def check_texts(engine: specdec.Engine, model: PreTrainedModel) -> None:
+    """The greedy texts of ragged prompts in one batch are those that ``generate`` gives each alone."""
+    expected = []
+    for prompt in PROMPTS:
+        given = torch.tensor([prompt])
+        whole = model.generate(
+            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=40, pad_token_id=0
+        )
+        expected.append(whole[0, len(prompt) :].tolist())
+    for k in (0, 3):
+        assert engine.generate(PROMPTS, max_new_tokens=40, num_draft_tokens=k).token_ids == expected
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_a_familys_checkpoint_runs_on_our_decoder(family: str, tmp_path: Path) -> None:
+    model = save_theirs(OURS[family](), tmp_path)
+    for draft in (tmp_path, "ngram"):
+        engine = specdec.load(tmp_path, draft=draft, device="cpu")
+        assert type(engine.target) is type(specdec.load(tiny_gpt(), device="cpu").target)
+        check_texts(engine, model)
+    assert isinstance(specdec.load(model).target, HFLM)
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_a_window_smaller_than_the_context_is_left_to_transformers(family: str, tmp_path: Path) -> None:
+    model = save_theirs(WINDOWED[family](), tmp_path)
+    engine = specdec.load(tmp_path, draft="ngram", device="cpu")
+    assert isinstance(engine.target, HFLM)
+    check_texts(engine, model)
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_what_was_loaded_is_saved_as_transformers_saves_it(family: str, tmp_path: Path) -> None:
+    model = save_theirs(OURS[family](), tmp_path / "theirs")
+    save_pretrained(load_gpt(tmp_path / "theirs", model.config), make_tokenizer(WORDS), tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / place / "model.safetensors") for place in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(back) is type(model) and back.config.architectures == [type(model).__name__]
+    text = torch.tensor([PROMPTS[2]])
+    assert torch.equal(back(text).logits, model(text).logits)
 
 
 # --- What does not

@@ -140,6 +140,9 @@ class RowwiseLM(CachedLM):
     def _read_row(self, row: RowState, tokens: list[int], *, adopt: bool) -> Tensor:
         """Logits [T, V] of ``tokens`` behind all that the row has read; ``adopt``: they will all be kept."""
         ids = tokens
+        if not self.cached and adopt:  # no cache to fill
+            row.pending = row.pending + tokens
+            return torch.zeros(0, 0)
         if not self.cached:
             ids = row.text + row.pending + tokens
         elif not row.pending:

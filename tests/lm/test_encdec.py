@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation.utils import GenerationMixin
 
 import specdec
-from specdec import Engine
+from specdec import Engine, admission
 from specdec.drafters.model import ModelDrafter
 from specdec.errors import PromptError
 from specdec.lm.base import CachedLM
@@ -149,6 +149,28 @@ def test_the_decoder_may_begin_with_tokens_of_the_callers() -> None:
     output = specdec.generate(model, {**SOUNDS, "decoder_input_ids": begin}, max_new_tokens=NEW)
     whole = GenerationMixin.generate(model, **SOUNDS, decoder_input_ids=begin, max_new_tokens=NEW, do_sample=False)
     assert output.token_ids == whole[:, 3:].tolist()
+
+
+def test_begins_are_read_in_parts_and_sources_move_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for constant, value in (("PREFILL_TOKENS", 4), ("FILL_TOKENS", 6), ("PASS_TOKENS", 1)):
+        monkeypatch.setattr(admission, constant, value)
+    model = whisper()
+    begins = [torch.tensor([[1, *range(20, 20 + length)]]) for length in (22, 2, 12)]
+    rows = [
+        {"input_features": sound[None], "decoder_input_ids": begin}
+        for sound, begin in zip(SOUNDS["input_features"], begins, strict=True)
+    ]
+    texts = [
+        GenerationMixin.generate(model, **row, max_new_tokens=NEW, do_sample=False)[
+            0, row["decoder_input_ids"].shape[1] :
+        ]
+        for row in rows
+    ]
+    for draft, size in ((None, 3), (noisy(model, 0.02), 2), (model, 6)):
+        output = specdec.generate(
+            model, rows, draft=draft, max_new_tokens=NEW, max_batch_size=size, n=2, num_draft_tokens=3
+        )
+        assert output.token_ids == [text.tolist() for text in texts for _ in range(2)]
 
 
 def test_a_directory_is_loaded_with_its_encoder(tmp_path: Path) -> None:

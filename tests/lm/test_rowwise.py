@@ -26,7 +26,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from specdec import Engine
+from specdec import Engine, admission
 from specdec.drafters.model import ModelDrafter
 from specdec.errors import FallbackWarning, ModelError
 from specdec.lm import hf, probe, rowwise
@@ -184,6 +184,30 @@ def test_samples_share_a_prompt_of_a_recurrent_model() -> None:
         engine.generate([PROMPTS[0]], temperature=1.0, seed=5 + j, max_new_tokens=12).token_ids[0] for j in range(3)
     ]
     assert shared.token_ids == alone
+
+
+@pytest.mark.parametrize("name", ["mamba 2", "gpt neo"])
+def test_prompts_are_read_in_parts_beside_rows_that_decode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for constant, value in (("PREFILL_TOKENS", 4), ("FILL_TOKENS", 6), ("PASS_TOKENS", 1)):
+        monkeypatch.setattr(admission, constant, value)
+    model = build(name)
+    prompts = [list(range(5, 35)), [12], list(range(40, 57)), [13, 14, 15]]
+    expected = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    engine = Engine(RowwiseLM(model), ModelDrafter(RowwiseLM(noisy(model, 0.01))))
+    for size in (2, 4, 8):
+        output = engine.generate(prompts, max_new_tokens=8, max_batch_size=size, n=2)
+        assert output.token_ids == [text for text in expected for _ in range(2)]
+
+
+def test_without_a_cache_no_prompt_is_read_for_nothing() -> None:
+    found = checked("llama", "whole rows")
+    found.reserve(1, 40)
+    found.lm.model.register_forward_pre_hook(lambda *_: pytest.fail("a pass whose result nobody keeps"))
+    found.fill([[1, 2, 3]])
+    assert found.lm.lengths == [3]
 
 
 def test_the_fastest_exact_way_is_taken_and_others_are_said_once() -> None:
