@@ -96,15 +96,27 @@ class Admission:
         return len(self._rest(self._begun[-1], self._begun_slot)) <= self._length(self._unread[0])
 
     def _alike(self, limit: int) -> list[Row]:
-        """The shortest rows, as many as one pass reads to their ends with little padding."""
+        """The shortest rows, as many as one pass reads to their ends with little padding.
+
+        Rows that begin alike are not read side by side: the second reuses what the first has read.
+        """
         count = total = 0
+        begins: set[tuple[int, ...]] = set()
         for row in self._unread:
-            length = self._length(row)
+            length, begin = self._length(row), self._new_begin(row)
             cells, total = length * (count + 1), total + length
-            if cells > limit or cells - total > PASS_TOKENS:
+            if cells > limit or cells - total > PASS_TOKENS or begin in begins:
                 break
+            begins |= {begin} - {()}
             count += 1
         return self._unread[:count]
+
+    def _new_begin(self, row: Row) -> tuple[int, ...]:
+        """The first tokens of a row, if others could reuse them once they are read, and cannot yet."""
+        begin = tuple(row.tokens[: self.target.reused_tokens])
+        if self._start(row) or self._length(row) < len(begin) or self.target.knows(begin):
+            return ()
+        return begin
 
     def _read_whole(self, rows: list[Row]) -> int:
         del self._unread[: len(rows)]
@@ -140,11 +152,15 @@ class Admission:
     def _seat(self, row: Row, slot: int) -> None:
         self.target.restart(slot, self._start(row))
         self.target.enter(slot, row.request.source)
+        if self.target.starts[slot] == 0:
+            self.target.recall(slot, row.tokens[:-1])
 
     def _go_live(self, rows: list[Row]) -> None:
         """These rows have read their prompts, in the slots behind the live ones; so have their siblings then."""
         leaders = {row.request.sample_of: slot for slot, row in enumerate(rows, len(self.sequences))}
         self.sequences.rows.extend(rows)
+        for slot, row in enumerate(rows, len(self.sequences) - len(rows)):
+            self.target.remember(slot, row.tokens)
         siblings = self._siblings
         self._siblings = [row for row in siblings if row.request.sample_of not in leaders]
         for row in siblings:

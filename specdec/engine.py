@@ -258,6 +258,8 @@ class Call:
         if not step.finished:
             return
         live = len(self.sequences)
+        for slot in step.finished:
+            self.target.remember(slot, step.rows[slot].tokens)
         self.sequences.remove(step.finished, self._copy)
         for slot in range(len(self.sequences), live):
             self.target.forget(slot)

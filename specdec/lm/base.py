@@ -29,6 +29,7 @@ class CachedLM(ABC):
     """
 
     mechanism = "ragged"
+    reused_tokens = 0  # how many tokens at a time rows that begin alike can share; 0 for none
     encodes = False  # whether an encoder reads a source of every row; see ``enter``
 
     def __init__(self, vocab_size: int, context: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -121,11 +122,15 @@ class CachedLM(ABC):
         self._copy(source, target, length)
         self.lengths[target], self.starts[target], self._pending[target] = length, self.starts[source], 0
 
-    def remember(self, slot: int, tokens: Sequence[int]) -> None:  # noqa: B027
-        """The row in ``slot``, whose text is ``tokens``, is about to go; another may begin alike."""
+    def remember(self, slot: int, tokens: Sequence[int]) -> None:  # noqa: B027 (nothing, unless a cache can)
+        """The row in ``slot`` has the text ``tokens``; another may begin alike and reuse what it has read."""
 
     def recall(self, slot: int, tokens: Sequence[int]) -> None:  # noqa: B027
-        """An empty slot gets a row with the text ``tokens``: what is still known of its beginning counts as read."""
+        """An empty slot gets a row with the text ``tokens``: what is remembered of its beginning counts as read."""
+
+    def knows(self, tokens: Sequence[int]) -> bool:
+        """Whether all of ``tokens``, ``reused_tokens`` or a multiple, would be recalled."""
+        return False
 
     @torch.inference_mode()
     def free(self, rows: int) -> None:

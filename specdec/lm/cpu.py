@@ -32,6 +32,8 @@ class CpuLM(CachedLM):
     Raises ``LookupError`` where nothing is compiled for this processor and dtype.
     """
 
+    reused_tokens = BLOCK
+
     def __init__(self, model: GPT) -> None:
         weight = model.embed_tokens.weight
         library = cpu.kernels(weight.dtype) if weight.device.type == "cpu" else None
@@ -54,6 +56,9 @@ class CpuLM(CachedLM):
 
     def recall(self, slot: int, tokens: Sequence[int]) -> None:
         self.lengths[slot] = self.cache.recall(slot, tokens)
+
+    def knows(self, tokens: Sequence[int]) -> bool:
+        return self.cache.knows(tokens)
 
     def restart(self, slot: int, start: int) -> None:
         super().restart(slot, start)

@@ -71,6 +71,10 @@ class PagedCache:
         self._take(slot, found)
         return len(found) * BLOCK
 
+    def knows(self, tokens: Sequence[int]) -> bool:
+        """Whether all full blocks of ``tokens`` are remembered."""
+        return all(key in self._remembered for key in _keys(tokens))
+
     def _take(self, slot: int, blocks: list[torch.Tensor]) -> None:
         self.rows[slot] = blocks
         self._fit(len(blocks))

@@ -1,0 +1,90 @@
+"""Prompts that begin alike share what was read of their beginning, within an engine, and no text depends on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec import Engine
+from specdec.drafters.model import ModelDrafter
+from specdec.lm.cpu import CpuLM
+from specdec.lm.paged import BLOCK
+from toys import noisy, tiny_gpt
+
+
+class CountingLM(CpuLM):
+    """Counts the prompt tokens that it reads."""
+
+    filled = 0
+
+    def fill(self, texts: list[list[int]], *, first: int = 0) -> None:
+        self.filled += sum(map(len, texts))
+        super().fill(texts, first=first)
+
+
+def text(length: int, seed: int) -> list[int]:
+    found: Tensor = torch.randint(61, (length,), generator=torch.Generator().manual_seed(seed))
+    return found.tolist()
+
+
+def engine(*, draft: bool = False) -> Engine:
+    gpt = tiny_gpt(0, context=512)
+    return Engine(CountingLM(gpt), ModelDrafter(CountingLM(noisy(gpt))) if draft else None)
+
+
+SYSTEM = text(2 * BLOCK + 10, seed=0)
+PROMPTS = [SYSTEM + text(n, seed=n) for n in (5, 30, 31, 90)]
+SETTINGS = {"max_new_tokens": 20, "eos_token_id": None}
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_second_call_reads_only_what_is_new(draft: bool) -> None:
+    found = engine(draft=draft)
+    alone = [engine().generate([prompt], num_draft_tokens=0, **SETTINGS).token_ids[0] for prompt in PROMPTS]
+    lms = [found.target, *([found.drafter.lm] if isinstance(found.drafter, ModelDrafter) else [])]
+    for prompt, expected in zip(PROMPTS, alone, strict=True):
+        before = [lm.filled for lm in lms]
+        assert found.generate([prompt], **SETTINGS).token_ids == [expected]
+        for lm, count in zip(lms, before, strict=True):
+            new = len(prompt) - 1 - (0 if prompt is PROMPTS[0] else 2 * BLOCK)
+            assert lm.filled - count == new
+    # A whole conversation so far, the answer included.
+    filled = found.target.filled
+    found.generate([PROMPTS[0] + alone[0] + text(40, seed=7)], **SETTINGS)
+    assert found.target.filled - filled == len(PROMPTS[0]) + 20 + 39 - 2 * BLOCK
+
+
+def test_prompts_of_one_call_read_their_common_beginning_once() -> None:
+    found = engine(draft=True)
+    output = found.generate(PROMPTS, num_draft_tokens=4, **SETTINGS)
+    assert found.target.filled == sum(len(prompt) - 1 - 2 * BLOCK for prompt in PROMPTS) + 2 * BLOCK
+    for prompt, tokens in zip(PROMPTS, output.token_ids, strict=True):
+        assert engine().generate([prompt], num_draft_tokens=0, **SETTINGS).token_ids == [tokens]
+
+
+def test_another_engine_knows_nothing_of_it() -> None:
+    first, second = engine(), engine()
+    first.generate([PROMPTS[0]], **SETTINGS)
+    second.generate([PROMPTS[0]], **SETTINGS)
+    assert second.target.filled == len(PROMPTS[0]) - 1
+
+
+def test_a_row_past_its_context_is_read_as_if_nothing_were_known() -> None:
+    gpt = tiny_gpt(0, context=160)
+    prompt = text(150, seed=3)
+    settings = {"max_new_tokens": 60, "eos_token_id": None, "context": "slide"}
+    found = Engine(CpuLM(gpt))
+    first = found.generate([prompt], **settings).token_ids
+    assert found.generate([prompt, prompt[:140]], **settings).token_ids[0] == first[0]
+    assert Engine(CpuLM(gpt)).generate([prompt], **settings).token_ids == first
+
+
+def test_many_calls_keep_memory_bounded() -> None:
+    found = engine()
+    limit = 5
+    found.target.cache._most_remembered = limit
+    for seed in range(8):
+        found.generate([text(200, seed=seed)], **SETTINGS)
+        assert len(found.target.cache._remembered) <= limit
+    assert not any(found.target.cache.rows)
