@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from specdec import verify
 from specdec.admission import Admission
 from specdec.control import Adaptive, Controller, FixedLength
 from specdec.costs import Costs, read_costs, write_costs
@@ -24,10 +25,11 @@ from specdec.encoded import encoded_requests
 from specdec.errors import ConfigError, GenerationError, SpecDecError
 from specdec.lm.base import CachedLM
 from specdec.requests import Limits, Prompts, Settings, build_requests
+from specdec.sampling import is_law
 from specdec.sequences import Request, Row, Sequences, Step
 from specdec.stats import Stats
 from specdec.text import TextStream, decode
-from specdec.verify import RULES
+from specdec.verify import Verdict
 
 _KINDS = ("greedy", "sampled")
 _WRITE_SECONDS = 30.0  # at least between two writings of measured costs
@@ -164,10 +166,9 @@ class Call:
     ) -> None:
         self.engine, self.requests, self.settings = engine, requests, settings
         self.target, self.drafter = engine.target, engine.drafter
-        greedy = all(request.greedy for request in requests if isinstance(request, Request))
-        self.controller = engine.controller(settings.num_draft_tokens, greedy=greedy)
-        # All rules agree on one-hot laws, and this one does least.
-        self.rule = RULES["coupled" if greedy else settings.rule_name]
+        self.greedy = all(request.greedy for request in requests if isinstance(request, Request))
+        self.controller = engine.controller(settings.num_draft_tokens, greedy=self.greedy)
+        self.rule = verify.RULES[settings.rule_name]
         self.stats = Stats()
         self.controller.decisions = self.stats.control
         self.plain_next = False
@@ -218,10 +219,12 @@ class Call:
         sequences.begin_step()
         watch = Stopwatch()
         draft, draft_seconds = self._propose()
-        logits = sequences.fit(self.target.append(torch.cat([sequences.last_tokens, draft.tokens], dim=1)))
-        laws = sequences.laws(logits, draft)
-        verdict = self.rule(laws, draft, sequences.randomness)
-        step = sequences.commit(logits, laws, draft, verdict)
+        tokens = torch.cat([sequences.last_tokens, draft.tokens], dim=1)
+        # Elsewhere asking for the lengths would be one more synchronisation; padding is then read as well.
+        counts = (draft.lengths + 1).tolist() if draft.lengths.is_cpu else None
+        logits = sequences.fit(self.target.append(tokens, counts))
+        verdict, is_sound = self._judge(logits, draft)
+        step = sequences.commit(logits, is_sound, draft, verdict)
         self.target.keep([1 + accepted for accepted in step.accepted])
         for slot in step.retried:
             self.target.forget(slot)
@@ -231,6 +234,14 @@ class Call:
         self._count(step)
         self.controller.observe(step, draft_seconds, watch.lap() - draft_seconds)
         return step
+
+    def _judge(self, logits: Tensor, draft: Draft) -> tuple[Verdict, Tensor]:
+        """How much of the draft survives, and which rows' laws are sound, [B]."""
+        if self.greedy:  # laws of large vocabularies are large, and one-hot ones say no more than their tokens
+            largest = self.sequences.largest(logits, draft)
+            return verify.greedy(largest.clamp(min=0), draft), (largest >= 0).all(-1)
+        laws = self.sequences.laws(logits, draft)
+        return self.rule(laws, draft, self.sequences.randomness), is_law(laws).all(-1)
 
     def _propose(self) -> tuple[Draft, float]:
         """A draft, and the seconds it took if a model made it; lookups count as part of the step."""

@@ -97,10 +97,10 @@ def costs_file(target: CachedLM, drafter: Drafter | None) -> Path:
 
 def _description(lm: CachedLM | None) -> list[Any]:
     """What the cost of a model's passes depends on."""
-    model = getattr(lm, "model", None)
-    config = getattr(model, "config", None)
     if lm is None:
         return []
+    model = getattr(lm, "model", lm)
+    config = getattr(model, "config", None)
     shape = config.to_dict() if config is not None else None
     return [type(model).__name__, lm.mechanism, lm.vocab_size, str(lm.dtype), str(lm.device), shape]
 

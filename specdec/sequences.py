@@ -20,7 +20,6 @@ from specdec.sampling import (
     SamplingParams,
     filtered,
     filters,
-    is_law,
     laws,
     prefix_processors,
     same_filters,
@@ -159,6 +158,11 @@ class Sequences:
         self._reads_prefix = [b for b, row in enumerate(self.rows) if row.processors]
 
     @property
+    def only_largest(self) -> bool:
+        """Whether the largest of a drafter's own logits is all that is asked for."""
+        return self.greedy and not self._reads_prefix
+
+    @property
     def starts(self) -> list[int]:
         """Where each row's window begins: 0 unless it outgrew the context."""
         return [window_start(len(row.tokens), self.context) for row in self.rows]
@@ -185,6 +189,14 @@ class Sequences:
 
         Position t follows the row's text and its first t draft tokens; processors see exactly that prefix.
         """
+        return laws(self._process(logits, draft), self._groups)
+
+    def largest(self, logits: Tensor, draft: Draft) -> Tensor:
+        """The tokens [B, K+1] that greedy laws of logits [B, K+1, V] give; -1 where no token can be drawn."""
+        peaks, tokens = self._process(logits, draft).max(-1)
+        return torch.where(peaks.isfinite(), tokens, -1)
+
+    def _process(self, logits: Tensor, draft: Draft) -> Tensor:
         if self._reads_prefix:
             logits = logits.clone()
             counts = draft.lengths.tolist()
@@ -192,7 +204,7 @@ class Sequences:
             row = self.rows[b]
             logits[b] = row.processors.verify(row.new_tokens, draft.tokens[b, : counts[b]], logits[b])
         self._processed = logits if self._record else None
-        return laws(logits, self._groups)
+        return logits
 
     def draft_laws(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """Laws [B, 1, V] of a drafter's logits [B, 1, V] of the position after ``drafted`` [B, i], one after another."""
@@ -203,12 +215,11 @@ class Sequences:
             logits[b, 0] = row.processors.draft(row.new_tokens, drafted[b], logits[b, 0])
         return laws(logits, self._groups)
 
-    def commit(self, logits: Tensor, laws: Tensor, draft: Draft, verdict: Verdict) -> Step:
+    def commit(self, logits: Tensor, is_sound: Tensor, draft: Draft, verdict: Verdict) -> Step:
         """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation.
 
-        Logprobs are those of ``logits``, before any filter.
+        ``is_sound`` [B]: whether tokens could be drawn everywhere. Logprobs are those of ``logits``, before any filter.
         """
-        is_sound = is_law(laws).all(-1)
         parts = [verdict.accepted * is_sound, draft.lengths, is_sound.long(), verdict.next_token]
         table = torch.cat([torch.stack(parts, dim=1), draft.tokens], dim=1).tolist()
         logprobs = self._committed_logprobs(logits, draft, verdict) if self._logprobs else None

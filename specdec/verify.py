@@ -62,6 +62,14 @@ def coupled(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Verdi
     return Verdict(accepted, drawn.gather(1, accepted.unsqueeze(1)).squeeze(1))
 
 
+def greedy(largest: Tensor, draft: Draft) -> Verdict:
+    """What all rules do with one-hot laws, given their tokens [B, K+1]: keep the draft while it is what they say."""
+    if not draft.tokens.shape[1]:
+        return Verdict(torch.zeros_like(largest[:, 0]), largest[:, 0])
+    accepted = leading((largest[:, :-1] == draft.tokens) & draft.is_drafted)
+    return Verdict(accepted, largest.gather(1, accepted.unsqueeze(1)).squeeze(1))
+
+
 RULES: dict[str, Rule] = {"rejection": rejection, "block": block, "coupled": coupled}
 
 

@@ -41,9 +41,13 @@ class ModelDrafter:
         count = min(max(lengths), self.lm.context // 2)
         if count <= 0:
             return Draft.empty(len(sequences), sequences.device)
+        unread, counts = self._new_tokens(sequences, count)
+        if sequences.only_largest:
+            guessed = self.lm.guess(unread, counts, count, sequences.vocab_size)
+            return Draft(guessed.to(sequences.device), torch.tensor(lengths, device=sequences.device).clamp(max=count))
         tokens = torch.zeros(len(sequences), 0, dtype=torch.long, device=sequences.device)
         laws: list[Tensor] = []
-        logits = self._read_new_tokens(sequences, count)
+        logits = self.lm.append(unread, counts, last_only=True).unsqueeze(1)
         for i in range(count):
             if i > 0:
                 logits = self.lm.append(tokens[:, -1:])
@@ -72,8 +76,8 @@ class ModelDrafter:
     def free(self, rows: int) -> None:
         self.lm.free(rows)
 
-    def _read_new_tokens(self, sequences: Sequences, count: int) -> Tensor:
-        """Read every row's unread text; logits [B, 1, W] of what follows it."""
+    def _new_tokens(self, sequences: Sequences, count: int) -> tuple[Tensor, list[int]]:
+        """Every row's unread text, padded to [B, T], and how many tokens it has; the rest has been read."""
         texts = [self._readable(row.tokens, sequences.vocab_size) for row in sequences.rows]
         starts = [window_start(len(text) + count, self.lm.context) for text in texts]
         for slot, row in enumerate(sequences.rows):
@@ -87,7 +91,7 @@ class ModelDrafter:
         self._count, self._unread = count, [len(tokens) for tokens in unread]
         width = max(self._unread)
         padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in unread], device=self.lm.device)
-        return self.lm.append(padded, self._unread, last_only=True).unsqueeze(1)
+        return padded, self._unread
 
     def _readable(self, tokens: list[int], vocab_size: int) -> list[int]:
         """Ids that pad the target's vocabulary beyond the draft's are unknown here; a wrong guess is all they cost."""

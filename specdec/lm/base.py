@@ -82,6 +82,20 @@ class CachedLM(ABC):
         return logits
 
     @torch.inference_mode()
+    def guess(self, tokens: Tensor, counts: Sequence[int], count: int, choices: int) -> Tensor:
+        """Read tokens [B, T] as ``append`` does, and ``count - 1`` more of each row; [B, count].
+
+        These are the likeliest of the first ``choices`` ids, each after all before it; the last one is not read.
+        """
+        logits = self.append(tokens, counts, last_only=True)
+        guessed: list[Tensor] = []
+        for i in range(count):
+            if i > 0:
+                logits = self.append(guessed[-1])[:, 0]
+            guessed.append(logits[:, :choices].float().argmax(-1, keepdim=True))
+        return torch.cat(guessed, dim=1)
+
+    @torch.inference_mode()
     def fill(self, texts: Sequence[Sequence[int]], *, first: int = 0) -> None:
         """Read and commit one text per slot, whatever their lengths, in passes of bounded size; no logits."""
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -76,22 +77,38 @@ class CpuLM(CachedLM):
             self._cosines, self._sines = angles.cos() * scale, angles.sin() * scale
             self._point()
 
+    @torch.inference_mode()
+    def guess(self, tokens: Tensor, counts: Sequence[int], count: int, choices: int) -> Tensor:
+        rows = len(tokens)
+        if sum(counts) > MOST_TOKENS or self._others is not None and sum(counts) >= self._others.least_tokens:
+            return super().guess(tokens, counts, count, choices)
+        started = time.perf_counter()
+        lengths = [length + more for length, more in zip(self.lengths[:rows], self._pending, strict=False)]
+        read = [more + count - 1 for more in counts]
+        self._extend(lengths, read, 0)
+        first = self._described(*_flat(tokens, lengths, counts), 0, True)
+        following = self._described(*_flat(tokens[:, :1], lengths, [1] * rows), 0, True)
+        logits = torch.empty(rows, self._packed.head.n, dtype=torch.float32)
+        guessed = torch.empty(rows, count, dtype=torch.long)
+        self._check(first)
+        self._library.chain(
+            ctypes.byref(first), ctypes.byref(following), self._packed.reference, ctypes.c_int64(count),
+            ctypes.c_int64(min(choices, self.vocab_size)), ctypes.c_void_p(logits.data_ptr()),
+            ctypes.c_void_p(guessed.data_ptr()),
+        )  # fmt: skip
+        self._read(rows, 0, read, 0)
+        self.forward_seconds += time.perf_counter() - started
+        return guessed
+
     def _forward(self, tokens: Tensor, lengths: list[int], first: int, *, needs_logits: bool) -> Tensor:
         rows, width = tokens.shape
-        counts = self._counts
-        for b, length in enumerate(lengths):
-            self.cache.extend(first + b, length + (width if counts is None else counts[b]))
-        self._know_positions(max(lengths) + width)
-        row_of, offsets = _grid(rows, width)
-        ids = tokens.numpy().ravel()
-        real = None if counts is None or min(counts) == width else np.nonzero(offsets < np.array(counts)[row_of])[0]
-        if real is not None:
-            row_of, offsets, ids = row_of[real], offsets[real], ids[real]
-        positions = np.array(lengths)[row_of] + offsets
-        if real is None and len(ids) <= MOST_TOKENS:
+        counts = self._counts or [width] * rows
+        self._extend(lengths, counts, first)
+        ids, positions, row_of = _flat(tokens, lengths, counts)
+        if len(ids) == rows * width <= MOST_TOKENS:
             return self._pass(ids, positions, row_of, first, needs_logits).view(rows, width, -1)
         hidden = torch.zeros(rows * width if needs_logits else 0, cpu.pad(self._packed.hidden), dtype=self.dtype)
-        places = torch.from_numpy(np.arange(rows * width) if real is None else real)
+        places = torch.from_numpy(row_of * width + positions - np.array(lengths)[row_of])
         for begin in range(0, len(ids), MOST_TOKENS):
             part = slice(begin, begin + MOST_TOKENS)
             states = self._pass(ids[part], positions[part], row_of[part], first, needs_logits)
@@ -99,31 +116,48 @@ class CpuLM(CachedLM):
                 hidden[places[part]] = states
         return hidden.view(rows, width, -1) if needs_logits else hidden
 
+    def _extend(self, lengths: Sequence[int], counts: Sequence[int], first: int) -> None:
+        """Make room for so many tokens more of the rows in slots ``first`` and on."""
+        totals = [length + count for length, count in zip(lengths, counts, strict=True)]
+        for slot, total in enumerate(totals, first):
+            self.cache.extend(slot, total)
+        self._know_positions(max(totals))
+
     def _pass(self, ids: Integers, positions: Integers, row_of: Integers, first: int, needs_logits: bool) -> Tensor:
         """Hidden states [M, pad(H)] of M tokens, those of a row side by side; valid until the next pass."""
+        described = self._described(ids, positions, row_of, first, needs_logits)
+        self._check(described)
+        if self._others is not None and len(ids) >= self._others.least_tokens:
+            self._others.forward(described, self._packed, *self._scratch)
+        else:
+            self._library.forward(ctypes.byref(described), self._packed.reference)
+        return self._scratch[1][: len(ids), : cpu.pad(self._packed.hidden)]
+
+    def _check(self, described: cpu.Pass) -> None:
+        if not self._library.readable(ctypes.byref(described), self._packed.reference):
+            raise PromptError(f"a token id is not in the vocabulary; ids must be from 0 to {self.vocab_size - 1}")
+
+    def _described(
+        self, ids: Integers, positions: Integers, row_of: Integers, first: int, needs_logits: bool
+    ) -> cpu.Pass:
+        """The pass over these tokens as the compiled functions want it."""
         packed, count, low = self._packed, len(ids), int(row_of[0])
         rows = int(row_of[-1]) + 1 - low
         whole = np.empty(3 * count + rows + 1, dtype=np.int64)  # one array, because asking for addresses takes time
         whole[:count], whole[count : 2 * count], whole[2 * count : 3 * count] = ids, positions, row_of - low
         whole[3 * count :] = np.searchsorted(row_of, np.arange(low, low + rows + 1))
-        here, table = whole.ctypes.data, self.cache.addresses
-        x, h, wide = self._buffers(count)
+        here, stride = whole.ctypes.data, self.cache.addresses.shape[1]
+        self._make_room(count)
         described = cpu.Pass(
             count, here, here + 8 * count, here + 16 * count, rows, here + 24 * count,
-            self.cache.address + 8 * (first + low) * table.shape[1], table.shape[1],
+            self.cache.address + 8 * (first + low) * stride, stride,
             *self._pointers, packed.widest_input, packed.widest_output,
             int(needs_logits), cpu.threads_for(count * packed.multiplications),
         )  # fmt: skip
-        reference = ctypes.byref(described)
-        if not self._library.readable(reference, packed.reference):
-            raise PromptError(f"token ids must be from 0 to {self.vocab_size - 1}, got {ids.min()} to {ids.max()}")
-        if self._others is not None and count >= self._others.least_tokens:
-            self._others.forward(described, packed, x, h, wide)
-        else:
-            self._library.forward(reference, packed.reference)
-        return h[:count, : cpu.pad(packed.hidden)]
+        described.kept = whole
+        return described
 
-    def _buffers(self, count: int) -> list[Tensor]:
+    def _make_room(self, count: int) -> None:
         """Scratch for passes of ``count`` tokens: residual stream, inputs and outputs of products."""
         if len(self._scratch[0]) < count:
             packed = self._packed
@@ -131,7 +165,6 @@ class CpuLM(CachedLM):
             dtypes = (torch.float32, self.dtype, torch.float32)
             self._scratch = [torch.zeros(count, n, dtype=t) for n, t in zip(widths, dtypes, strict=True)]
             self._point()
-        return self._scratch
 
     def _point(self) -> None:
         """Note the addresses of what passes read and write besides weights and cache."""
@@ -149,6 +182,17 @@ class CpuLM(CachedLM):
     def _wipe(self, first: int, last: int) -> None:
         for slot in range(first, last):
             self.cache.drop(slot)
+
+
+def _flat(tokens: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> tuple[Integers, Integers, Integers]:
+    """Id, position in its row, and row of every real token of tokens [B, T], row after row."""
+    rows, width = tokens.shape
+    row_of, offsets = _grid(rows, width)
+    ids = tokens.numpy().ravel()
+    if min(counts) < width:
+        real = np.nonzero(offsets < np.array(counts)[row_of])[0]
+        row_of, offsets, ids = row_of[real], offsets[real], ids[real]
+    return ids, np.array(lengths)[row_of] + offsets, row_of
 
 
 @lru_cache(maxsize=256)

@@ -473,3 +473,27 @@ void product(const Linear *by, int64_t tokens, const elem *x, int64_t ldx, float
 #pragma omp parallel num_threads((int)threads)
     linear(by, tokens, x, ldx, out, ldo, 0);
 }
+
+/* Greedy drafting: read `first`, then token by token what is likeliest after it; chosen [rows, count], all of them among
+   the first `choices` ids. `next` has room for one token of every row. */
+void chain(const Pass *first, const Pass *next, const Model *model, int64_t count, int64_t choices, float *logits,
+           int64_t *chosen) {
+    int64_t *ids = (int64_t *)next->ids, *positions = (int64_t *)next->positions, rows = first->rows;
+    for (int64_t i = 0; i < count; i++) {
+        const Pass *pass = i ? next : first;
+        forward(pass, model);
+        for (int64_t row = 0; row < rows && !i; row++) {
+            int64_t last = first->row_begins[row + 1] - 1;
+            memmove(first->h + row * first->ld_h, first->h + last * first->ld_h, first->ld_h * sizeof(elem));
+            positions[row] = first->positions[last];
+        }
+        product(&model->head, rows, pass->h, pass->ld_h, logits, model->head.n, pass->threads);
+        for (int64_t row = 0; row < rows; row++) {
+            const float *here = logits + row * model->head.n;
+            int64_t best = 0;
+            for (int64_t n = 1; n < choices; n++) best = here[n] > here[best] ? n : best;
+            chosen[row * count + i] = ids[row] = best;
+            positions[row]++;
+        }
+    }
+}

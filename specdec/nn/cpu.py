@@ -73,6 +73,8 @@ class Model(Structure):
 class Pass(Structure):
     """One pass over M tokens of several rows."""
 
+    kept: object  # what the pointers point to must live as long
+
     _fields_ = [
         ("tokens", c_int64),
         *((name, c_void_p) for name in ("ids", "positions", "row_of")),
