@@ -26,7 +26,8 @@ _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between such drafts; twice as man
 _PROBE_STEPS, _PROBE_TOKENS = 4, 2  # of one such try; the first step pays for reading what was not read
 _STAY = 4  # steps that a choice is kept, if nothing but the draft model's past record speaks for another
 _NEW = 0.05  # weight of the latest step in running means
-_REST = 3  # steps of plain decoding after it was found best
+_REST, _LONGEST_REST = 3, 24  # steps of plain decoding after it was found best; twice as many each time again
+_LONGEST_DOZE = 6  # the same where a look at the text may change the verdict at any token
 _REFRESH = 64  # steps after which plain decoding is measured again
 _WORTH = 1.01  # how much faster than plain decoding a draft must promise to be
 
@@ -153,13 +154,14 @@ class Adaptive:
         self._tokens = 1.0  # that a row gained per step, lately
         self._rows = self._length = self._age = self._since_plain = 0
         self._rest = 0  # steps of plain decoding before anything is thought about again
+        self._next_rest = _REST
         self._free = True  # whether rows whose drafts cost passes of a model go without
         self._runs_model: NDArray[np.bool_] | None = None  # which rows these are; None for none
 
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         rows = len(sequences.rows)
         if rows != self._rows:
-            self._rows, self._age, self._rest = rows, 0, 0
+            self._rows, self._age, self._rest, self._next_rest = rows, 0, 0, _REST
         if self._rest:
             self._rest -= 1
             return [0] * rows
@@ -168,9 +170,12 @@ class Adaptive:
         foresight: Foresight | None = drafter if hasattr(drafter, "outlook") else None  # type: ignore[assignment]
         if self._age < 0 or foresight is not None:
             self._decide(self._outlook(sequences, foresight, limits))
-            if foresight is None and not self._length and self._since_plain < _REFRESH and self.costs.knows(rows, 1):
+            if self._length:
+                self._next_rest = _REST
+            elif self._since_plain < _REFRESH and self.costs.knows(rows, 1):
                 self._experience.fade(row.id for row in sequences.rows)
-                self._rest, self._age = _REST, 0
+                self._rest, self._age = self._next_rest, 0
+                self._next_rest = min(2 * self._next_rest, _LONGEST_REST if foresight is None else _LONGEST_DOZE)
         free, length = self._free, self._length
         if not free and length:
             self._probing = 0

@@ -364,7 +364,8 @@ def test_a_draft_with_broken_logits_changes_no_text(damage: str, hf_texts: list[
         for rule in RULES:
             output = broken.generate(PROMPTS[:7], max_new_tokens=NEW, rule=rule, num_draft_tokens=4)
             assert output.token_ids == hf_texts[:7]
-        assert output.stats.num_accepted_tokens > 0  # a greedy guess needs no law: any token may be proposed
+        # A greedy guess needs no law: any token may be proposed.
+        assert output.stats.num_accepted_tokens > 0 or lm.every == 1
         sampled = broken.generate(PROMPTS, seed=100, rule="coupled", **SAMPLING)
         assert sampled.token_ids == plain_samples()
         assert (sampled.stats.num_accepted_tokens > 0) == (lm.every == 3)
