@@ -33,7 +33,7 @@ from specdec.training.data import gather, held_out_prompts
 from widen import wide_pair
 
 RESULTS = Path(__file__).parent / "results/never_slower.json"
-NEW_TOKENS, PROMPT_TOKENS = 64, 128
+PROMPT_TOKENS = 128
 NEVER_REPEATS = 3.0  # temperature of text that does not repeat itself
 LENGTHS = range(1, 9)
 LEAST, NEAR = 0.97, 0.95  # what we promise: of plain decoding, of the best fixed length
@@ -47,10 +47,10 @@ def random_draft(path: Path) -> ModelDrafter:
     return ModelDrafter(native_lm(GPT(copy.deepcopy(model.config)).to(model.embed_tokens.weight.dtype)))
 
 
-def ways(engine: Engine, useless: ModelDrafter, temperature: float, sweep: bool) -> dict[str, Method]:
+def ways(engine: Engine, useless: ModelDrafter, temperature: float, new_tokens: int, sweep: bool) -> dict[str, Method]:
     """What a cell compares; the first is the baseline of the others but the last, which has one of its own."""
     assert isinstance(engine.drafter, ModelDrafter)
-    given = {"max_new_tokens": NEW_TOKENS, "temperature": temperature}
+    given = {"max_new_tokens": new_tokens, "temperature": temperature}
     drafters = {
         "good draft": engine.drafter,
         "useless draft": useless,
@@ -65,9 +65,9 @@ def ways(engine: Engine, useless: ModelDrafter, temperature: float, sweep: bool)
     return methods
 
 
-def unrepeated(engine: Engine) -> dict[str, Method]:
+def unrepeated(engine: Engine, new_tokens: int) -> dict[str, Method]:
     """Plain decoding and the lookup where it finds nothing."""
-    given = {"max_new_tokens": NEW_TOKENS, "temperature": NEVER_REPEATS}
+    given = {"max_new_tokens": new_tokens, "temperature": NEVER_REPEATS}
     lookup = Engine(engine.target, NgramDrafter(), vocab_size=engine.limits.vocab_size)
     return {
         bench.PLAIN: bench.engine_method(engine, num_draft_tokens=0, **given),
@@ -81,23 +81,25 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=["pair", "wide"], default=["pair", "wide"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 32])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, help="default: 256 with the pair, 64 with the large target")
     parser.add_argument("--sweep", action="store_true")
     given = parser.parse_args()
     console = Console()
     rows: list[dict[str, object]] = []
     for models in given.models:
         pair = demo_pair()
+        new_tokens = given.new_tokens or (256 if models == "pair" else 64)
         target, draft = (pair / "target", pair / "draft") if models == "pair" else wide_pair()
         engine, useless = load(target, draft=draft, dtype=fast_dtype_name()), random_draft(draft)
         assert engine.tokenizer is not None
         prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=max(given.batch), tokens=PROMPT_TOKENS)
         for batch in given.batch:
             for temperature in (0.0, 1.0):
-                methods = ways(engine, useless, temperature, given.sweep)
+                methods = ways(engine, useless, temperature, new_tokens, given.sweep)
                 found = bench.compare(methods, prompts[:batch], rounds=given.rounds, temperature=temperature)
                 if temperature:
                     found += bench.compare(
-                        unrepeated(engine), prompts[:batch], rounds=given.rounds, temperature=NEVER_REPEATS
+                        unrepeated(engine, new_tokens), prompts[:batch], rounds=given.rounds, temperature=NEVER_REPEATS
                     )[1:]
                 console.print(bench.table(found, models))
                 rows += [{"models": models, **m.as_dict()} for m in found]

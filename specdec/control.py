@@ -27,7 +27,7 @@ _PROBE_STEPS, _PROBE_TOKENS = 4, 2  # of one such try; the first step pays for r
 _STAY = 4  # steps that a choice is kept, if nothing but the draft model's past record speaks for another
 _NEW = 0.05  # weight of the latest step in running means
 _REST, _LONGEST_REST = 3, 24  # steps of plain decoding after it was found best; twice as many each time again
-_LONGEST_DOZE = 6  # the same where a look at the text may change the verdict at any token
+_LONGEST_DOZE = 12  # the same where a look at the text may change the verdict at any token
 _REFRESH = 64  # steps after which plain decoding is measured again
 _WORTH = 1.01  # how much faster than plain decoding a draft must promise to be
 
@@ -199,9 +199,12 @@ class Adaptive:
 
     def _learn(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
         width, rows = max(step.drafted), len(step.rows)
-        if draft_seconds:
-            self.costs.count_draft(rows, draft_seconds / max(width, 1))
-        self.costs.count_pass(rows, width + 1, step_seconds)
+        catches_up = draft_seconds > 0 and self._since > 1  # a model that reads what was written without it
+        if not catches_up:
+            if draft_seconds:
+                self.costs.count_draft(rows, draft_seconds / max(width, 1))
+            # Rows that draft less are read less, so what counts is how much a row drafts on average.
+            self.costs.count_pass(rows, 1 + -(-sum(step.drafted) // rows), step_seconds)
         for row, drafted, accepted in zip(step.rows, step.drafted, step.accepted, strict=True):
             if drafted:
                 self._experience.count_chain(row.id, drafted, accepted)
@@ -246,11 +249,12 @@ class Adaptive:
 
     def _best(self, outlook: Outlook, most: int) -> tuple[int, bool]:
         """The length that promises most, and whether only drafts that cost nothing are to be made."""
-        passes = self.costs.passes(self._rows, most)
+        passes = self._passes(outlook.survival > 0, most)
+        free_passes = self._passes((outlook.survival > 0) & ~outlook.runs_model[:, None], most)
         plain = self._rows / passes[0]
         best, found = plain * _WORTH, (0, True)
         free = outlook.survival[~outlook.runs_model].sum(0)[:most]
-        rates = (self._rows + np.concatenate([[0], free.cumsum()])) / passes
+        rates = (self._rows + np.concatenate([[0], free.cumsum()])) / free_passes
         if rates.max() > best:
             best, found = float(rates.max()), (int(rates.argmax()), True)
         if self._runs_model is not None:
@@ -261,6 +265,13 @@ class Adaptive:
             if rates.max() > best:
                 best, found = float(rates.max()), (int(rates.argmax()), False)
         self.decisions.expected, self.decisions.plain = float(max(best, plain)), float(plain)
+        return found
+
+    def _passes(self, drafted: NDArray[np.bool_], most: int) -> Table:
+        """Seconds of passes that check the first 0 .. ``most`` tokens of drafts [B, K]; not every row has so many."""
+        curve = self.costs.passes(self._rows, most)
+        mean = np.concatenate([[0], drafted[:, :most].sum(0).cumsum() / self._rows])
+        found: Table = np.interp(mean, np.arange(most + 1), curve)
         return found
 
     def _may_probe(self) -> bool:

@@ -157,7 +157,10 @@ def filtered(logits: Tensor, by: Filters) -> Tensor:
     """Scores [..., V]: ``logits`` after the warpers, in float32 if there are any."""
     if not by.warpers:
         return logits
-    return by.warpers(None, logits.reshape(-1, logits.shape[-1]).float()).view(logits.shape)
+    scores = logits.reshape(-1, logits.shape[-1]).float()
+    for warper in by.warpers:  # one by one: their list asks for every signature, every time
+        scores = warper(None, scores)
+    return scores.view(logits.shape)
 
 
 def laws(logits: Tensor, groups: dict[Filters, list[int]]) -> Tensor:
