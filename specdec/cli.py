@@ -211,8 +211,8 @@ def bench(
         "rounds": rounds,
     }
     limit = Limit(read_bandwidth(target.device), target.weight_bytes) if target.weight_bytes else None
-    report = Report(f"{model}: ways to generate", found, machine(), settings, limit)
-    console.print(table(found, f"{model}, medians of {rounds} rounds"))
+    report = Report(f"{Path(model).name}: ways to generate", found, machine(), settings, limit)
+    console.print(table(found, f"{Path(model).name}, medians of {rounds} rounds"))
     for line in report.lines():
         console.print(line, highlight=False)
     if out is not None:
@@ -251,7 +251,7 @@ def tune(
     texts = _bench_prompts(plain.tokenizer, prompt_file, prompts)
     console = Console()
     found = sweep.measure(ways, texts, batches=batch or [1, 8], temperatures=[0.0, 1.0], rounds=rounds, console=console)
-    console.print(table(found, f"{model}, medians of {rounds} rounds"))
+    console.print(table(found, f"{Path(model).name}, medians of {rounds} rounds"))
     tuned = choose(found, {name: one.draft for name, one in drafting.items()}, model)
     tuned.write(file)
     for line in tuned.lines():
