@@ -32,9 +32,19 @@ def machine() -> dict[str, Any]:
 
 def processor() -> str:
     """The processor's own name where the system tells it."""
+    return _told("model name") or platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """What the processor can do, in the system's words; processors of one name may differ. Empty where it is not told."""
+    return _told("flags") or _told("Features")
+
+
+def _told(what: str) -> str:
+    """The first line of that name in what Linux says of its processors."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(what):
                 return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return ""

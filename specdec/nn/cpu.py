@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.errors import FallbackWarning
-from specdec.machine import cache_directory, processor
+from specdec.machine import cache_directory, instructions, processor
 from specdec.nn.gpt import GPT, head_size
 from specdec.nn.packed import PackedLinear, can_pack
 
@@ -95,7 +95,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     command = [*compiler.split(), *FLAGS, *VARIANTS[dtype]]
-    described = [*command, processor(), platform.platform(), SOURCE.read_text(encoding="utf-8")]
+    described = [*command, processor(), instructions(), platform.platform(), SOURCE.read_text(encoding="utf-8")]
     name = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
     library = cache_directory() / "kernels" / f"{name}.so"
     try:
