@@ -213,7 +213,8 @@ class Adaptive:
         if draft_seconds:
             self._since = 0
             if self._free or not self._length:
-                self._probed += max(0.0, draft_seconds + step_seconds - self.costs.passes(rows, 0)[0])
+                if self.costs.knows(rows, 1):  # rows may have left since the probe began
+                    self._probed += max(0.0, draft_seconds + step_seconds - self.costs.passes(rows, 0)[0])
                 self.decisions.probes += 1
             else:
                 self._wait = _FIRST_WAIT

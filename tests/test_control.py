@@ -16,6 +16,7 @@ from specdec.draft import Outlook
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.errors import ConfigError
+from specdec.sequences import Step
 from toys import TableLM, native, noisy, random_table, tiny_gpt
 
 pytestmark = pytest.mark.chosen
@@ -214,3 +215,11 @@ def test_guesses_that_were_not_proposed_are_judged_too() -> None:
     output = engine.generate([[1, 2, 1, 2]], max_new_tokens=200)
     assert output.stats.num_draft_tokens == 0
     assert drafter.experience.rates([-1])[0].max() > 0.9
+
+
+def test_a_probe_may_meet_a_number_of_rows_of_which_nothing_is_known() -> None:
+    controller = Adaptive(Costs())
+    rows = [SimpleNamespace(id=number) for number in range(6)]
+    controller._since = 5  # the draft model has to catch up, so this step tells nothing of costs
+    controller.observe(Step(rows, [2] * 6, [0] * 6, [1] * 6), 0.01, 0.01)
+    assert controller.decisions.probes == 1 and not controller.costs.knows(6, 1)
