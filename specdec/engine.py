@@ -270,7 +270,8 @@ class Call:
             return
         live = len(self.sequences)
         for slot in step.finished:
-            self.target.remember(slot, step.rows[slot].tokens)
+            if step.rows[slot].error is None:  # what broke must not be reused
+                self.target.remember(slot, step.rows[slot].tokens)
         self.sequences.remove(step.finished, self._copy)
         for slot in range(len(self.sequences), live):
             self.target.forget(slot)

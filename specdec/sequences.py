@@ -197,6 +197,7 @@ class Sequences:
         return torch.where(peaks.isfinite(), tokens, -1)
 
     def _process(self, logits: Tensor, draft: Draft) -> Tensor:
+        """Logits [B, K+1, V] after the processors that read the text; kept where they are asked for."""
         if self._reads_prefix:
             logits = logits.clone()
             counts = draft.lengths.tolist()
