@@ -20,7 +20,7 @@ LAYERS = [
     ["sampling"],
     ["processors"],
     ["draft"],
-    ["verify", "stats", "lm.cache", "lm.base", "nn", "text", "costs"],
+    ["verify", "stats", "tree", "lm.features", "lm.cache", "lm.base", "nn", "text", "costs"],
     ["lm"],
     ["sequences"],
     ["control"],
@@ -28,6 +28,8 @@ LAYERS = [
     ["encoded", "admission"],
     ["engine"],
     ["tuned"],
+    ["checkpoints"],
+    ["drafting"],
     ["load"],
     ["generate", "plugin"],
     [""],  # specdec itself, the public names

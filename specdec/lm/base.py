@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.errors import PromptError
+from specdec.errors import ConfigError, PromptError
+from specdec.lm.features import Features
+from specdec.tree import Branches
 
 FILL_TOKENS = 2048  # tokens of one prefill pass; bounds its memory: scores grow with pass x context
 
@@ -31,6 +33,9 @@ class CachedLM(ABC):
     mechanism = "ragged"
     reused_tokens = 0  # how many tokens at a time rows that begin alike can share; 0 for none
     encodes = False  # whether an encoder reads a source of every row; see ``enter``
+    reads_trees = False  # whether ``append`` takes ``parents``
+    feature_layers = 0  # how many layers, from the first on, ``tap`` may name
+    feature_size = 0  # numbers per token and layer
 
     def __init__(self, vocab_size: int, context: int, device: torch.device, dtype: torch.dtype) -> None:
         self.vocab_size, self.context = vocab_size, context
@@ -41,6 +46,10 @@ class CachedLM(ABC):
         self.weight_bytes = 0  # that a pass over one token reads; 0 where it is not known
         self._pending: list[int] = []
         self._counts: Sequence[int] | None = None  # how many tokens of each row are real in the pass under way
+        self._branches: dict[int, Branches] = {}  # of slots whose pending tokens are no chain
+        self._is_tree = False  # whether the pass under way reads trees
+        self._features: Features | None = None
+        self._outputs: Tensor | None = None  # of the tapped layers in the latest pass, [B, T, features]
 
     @torch.inference_mode()
     def reserve(self, rows: int, length: int) -> None:
@@ -60,19 +69,28 @@ class CachedLM(ABC):
 
     @torch.inference_mode()
     def append(
-        self, tokens: Tensor, counts: Sequence[int] | None = None, *, first: int = 0, last_only: bool = False
+        self,
+        tokens: Tensor,
+        counts: Sequence[int] | None = None,
+        *,
+        first: int = 0,
+        last_only: bool = False,
+        parents: Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
         """Read tokens [B, T] in the slots ``first``, ``first + 1``, ...; return their logits [B, T, V].
 
         ``counts[b]`` says how many of a row's T tokens are real (all by default); the rest is padding on the right.
         Further appends go on behind the real ones. With ``last_only`` the logits of each row's last real token only,
-        [B, V].
+        [B, V]. ``parents[b]`` makes the real tokens of row b nodes of a tree: each one's parent is a place among all
+        tokens of the row that were appended since ``keep``, -1 for the last committed one.
         """
         started = time.perf_counter()
         rows, width = tokens.shape
         lengths = [self.lengths[first + b] + self._pending[first + b] for b in range(rows)]
-        self._counts = counts
+        self._counts, self._is_tree = counts, parents is not None
+        self._branch(parents, first, rows)
         hidden = self._forward(tokens.to(self.device), lengths, first, needs_logits=True)
+        self._note(rows, first)
         if last_only:
             ends = torch.tensor(counts if counts is not None else [width] * rows, device=self.device) - 1
             hidden = hidden[torch.arange(rows, device=self.device), ends]
@@ -105,23 +123,71 @@ class CachedLM(ABC):
             counts = [len(chunk) for chunk in chunks]
             longest = max(counts)
             tokens = torch.tensor([[*chunk, *[0] * (longest - len(chunk))] for chunk in chunks], device=self.device)
-            self._counts = counts
+            self._counts, self._is_tree = counts, False
             self._forward(tokens, self.lengths[first : first + len(texts)], first, needs_logits=False)
+            self._note(len(texts), first)
             self._read(len(texts), longest, counts, first)
             self.keep(counts, first=first)
         self.forward_seconds += time.perf_counter() - started
 
-    def keep(self, counts: Sequence[int], *, first: int = 0) -> None:
-        """Commit the first ``counts[b]`` appended tokens of each row; the rest was never there."""
+    def keep(self, counts: Sequence[int], *, first: int = 0, paths: Sequence[Sequence[int]] | None = None) -> None:
+        """Commit the first ``counts[b]`` appended tokens of each row; the rest was never there.
+
+        Of a tree, the tokens at the places ``paths[b]`` (one after another, ``counts[b]`` of them).
+        """
         for b, count in enumerate(counts):
             slot = first + b
             assert 0 <= count <= self._pending[slot], (count, self._pending[slot])
+            path = range(count) if paths is None else paths[b]
+            assert len(path) == count, (path, count)
+            if list(path) != list(range(count)):
+                self._gather(slot, [self.lengths[slot] + place for place in path])
+            if self._features is not None:
+                self._features.keep(slot, path)
             self.lengths[slot] += count
             self._pending[slot] = 0
+        self._branches.clear()
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """From now on, collect what these layers put out; see ``take_features``. Numbers of layers, 0 is the first.
+
+        Raises ``ConfigError`` where the model has no such layer, or is not run in a way that shows them.
+        """
+        unknown = [layer for layer in layers if not 0 <= layer < self.feature_layers]
+        if unknown or not layers:
+            allowed = f"0 to {self.feature_layers - 1}" if self.feature_layers else f"none ({self.mechanism})"
+            raise ConfigError(f"layers whose outputs can be read here: {allowed}; got {list(layers)}")
+        self._features = Features(tuple(layers))
+        self.reused_tokens = 0  # of what is recalled, nothing is computed
+
+    @property
+    def tapped(self) -> tuple[int, ...]:
+        """The layers whose outputs are collected."""
+        return () if self._features is None else self._features.layers
+
+    def take_features(self, slot: int) -> Tensor:
+        """Outputs of the tapped layers for the committed tokens of ``slot`` since they were last taken.
+
+        [n, layers * feature_size]: those of the last n committed tokens, side by side for each token.
+        """
+        assert self._features is not None, "tap comes first"
+        missing = torch.empty(0, len(self.tapped) * self.feature_size, dtype=self.dtype, device=self.device)
+        return self._features.take(slot, missing)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The model's own embeddings [..., H] of tokens [...], for drafters that share them; where ``tap`` works."""
+        raise NotImplementedError(f"{type(self).__name__} has no features")
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] that the model's own head makes of hidden states [..., H]; where ``tap`` works."""
+        raise NotImplementedError(f"{type(self).__name__} has no features")
 
     def restart(self, slot: int, start: int) -> None:
         """Forget the row in ``slot``; its cache begins anew at token ``start`` of its text."""
         self.lengths[slot], self.starts[slot], self._pending[slot] = 0, start, 0
+        self._branches.pop(slot, None)
+        if self._features is not None:
+            self._features.drop(slot)
 
     @torch.inference_mode()
     def forget(self, slot: int) -> None:
@@ -131,10 +197,15 @@ class CachedLM(ABC):
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int | None = None) -> None:
-        """Slot ``target`` becomes the first ``length`` (default: all) committed tokens of slot ``source``."""
+        """Slot ``target`` becomes the first ``length`` (default: all) committed tokens of slot ``source``.
+
+        A slot may be its own source: tokens that were committed are forgotten again.
+        """
         length = self.lengths[source] if length is None else length
         self._copy(source, target, length)
         self.lengths[target], self.starts[target], self._pending[target] = length, self.starts[source], 0
+        if self._features is not None:
+            self._features.copy(source, target, self.lengths[source] - length)
 
     def remember(self, slot: int, tokens: Sequence[int]) -> None:  # noqa: B027 (nothing, unless a cache can)
         """The row in ``slot`` has the text ``tokens``; another may begin alike and reuse what it has read."""
@@ -159,6 +230,37 @@ class CachedLM(ABC):
     def _read(self, rows: int, width: int, counts: Sequence[int] | None, first: int) -> None:
         for b in range(rows):
             self._pending[first + b] += width if counts is None else counts[b]
+
+    def _note(self, rows: int, first: int) -> None:
+        """Collect the outputs of tapped layers for the real tokens of the pass that has just run."""
+        if self._features is not None and self._outputs is not None:
+            for b in range(rows):
+                outputs = self._outputs[b]
+                self._features.add(first + b, outputs if self._counts is None else outputs[: self._counts[b]])
+            self._outputs = None
+
+    def _branch(self, parents: Sequence[Sequence[int]] | None, first: int, rows: int) -> None:
+        """Note how the tokens of the coming pass hang together."""
+        if parents is None:
+            assert not self._branches or not any(first + b in self._branches for b in range(rows))
+            return
+        assert self.reads_trees, f"{type(self).__name__} reads chains"
+        for slot, own in enumerate(parents, first):
+            if slot not in self._branches:
+                self._branches[slot] = Branches(self._pending[slot])
+            self._branches[slot].grow(own)
+
+    def _trees(self, first: int, rows: int) -> list[tuple[int, Branches]] | None:
+        """Per row, how many tokens are committed and how the others hang together; None if the pass reads chains."""
+        return (
+            [(self.lengths[slot], self._branches[slot]) for slot in range(first, first + rows)]
+            if self._is_tree
+            else None
+        )
+
+    def _gather(self, slot: int, places: Sequence[int]) -> None:
+        """The tokens at ``places`` of the slot's cache, in rising order, move to its first uncommitted places."""
+        raise NotImplementedError(f"{type(self).__name__} reads chains")
 
     @abstractmethod
     def _reserve(self, rows: int, length: int) -> None: ...

@@ -6,8 +6,12 @@ not counting it. Buffers are zero-filled, because attention multiplies masked pl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from specdec.tree import Branches
 
 BLOCK = 64  # live lengths are rounded up to it: kernels are prepared per shape, which may take as long as a small pass
 
@@ -32,20 +36,29 @@ class RaggedCache:
         for layer, pair in self.layers.items():
             self.layers[layer] = (self._grown(pair[0]), self._grown(pair[1]))
 
-    def begin(self, lengths: list[int], new_tokens: int, first: int) -> None:
-        """Open a pass over rows ``first, first + 1, ...`` that hold ``lengths`` tokens and get ``new_tokens`` more."""
+    def begin(
+        self, lengths: list[int], new_tokens: int, first: int, trees: Sequence[tuple[int, Branches]] | None = None
+    ) -> None:
+        """Open a pass over rows ``first, first + 1, ...`` that hold ``lengths`` tokens and get ``new_tokens`` more.
+
+        ``trees``: per row, how many of its tokens are committed, and how all others hang together, new ones included.
+        """
         self.first, self.last = first, first + len(lengths)
         self.reserve(self.last, max(lengths) + new_tokens)
         self.live = min(-(-(max(lengths) + new_tokens) // BLOCK) * BLOCK, self.capacity)
         starts = torch.tensor(lengths, device=self.device).unsqueeze(1)
-        self.positions = starts + torch.arange(new_tokens, device=self.device)
+        self._places = self.positions = starts + torch.arange(new_tokens, device=self.device)
+        self.key_positions: Tensor | None = None  # [B, L], where keys do not lie in the order of their positions
+        self._visible = torch.arange(self.live, device=self.device) <= self.positions.unsqueeze(-1)
+        if trees is not None:
+            self._branch(trees, starts)
         self._slots: dict[tuple[int, torch.device], Tensor] = {}
         self._bias: Tensor | None = None
 
     @property
     def visible(self) -> Tensor:
-        """Which cached tokens each new one may look at: all up to itself, [B, T, L] bool."""
-        return torch.arange(self.live, device=self.device) <= self.positions.unsqueeze(-1)
+        """Which cached tokens each new one may look at: all up to itself, [B, T, L] bool; in a tree, its ancestors."""
+        return self._visible
 
     @property
     def bias(self) -> Tensor:
@@ -54,6 +67,27 @@ class RaggedCache:
             zeros = torch.zeros(self.visible.shape, dtype=self.dtype, device=self.device)
             self._bias = zeros.masked_fill_(~self.visible, float("-inf"))
         return self._bias
+
+    def _branch(self, trees: Sequence[tuple[int, Branches]], lengths: Tensor) -> None:
+        """Positions and masks of rows whose uncommitted tokens are trees."""
+        self.positions, self._visible = self._places.clone(), self._visible.clone()
+        self.key_positions = torch.arange(self.live, device=self.device).repeat(len(trees), 1)
+        for b, (committed, tree) in enumerate(trees):
+            new = slice(int(lengths[b]) - committed, len(tree))
+            depths = committed + torch.tensor(tree.depths, device=self.device)
+            seen = torch.tensor(tree.seen, device=self.device)[new, None] >> torch.arange(len(tree), device=self.device)
+            count = new.stop - new.start
+            self.positions[b, :count] = depths[new]
+            self.key_positions[b, committed : committed + len(tree)] = depths
+            self._visible[b, :count, committed : committed + len(tree)] = (seen & 1).bool()
+            self._visible[b, :count, committed + len(tree) :] = False
+
+    def gather(self, slot: int, places: Sequence[int], begin: int) -> None:
+        """The tokens at ``places`` of row ``slot`` move to its places from ``begin`` on."""
+        sources = torch.tensor(places, device=self.device)
+        for pair in self.layers.values():
+            for buffer in pair:
+                buffer[slot, :, begin : begin + len(places)] = buffer[slot].index_select(1, sources.to(buffer.device))
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [B, G, T, D] at each row's own slots; return the rows' views [B, G, L, D]."""
@@ -74,8 +108,8 @@ class RaggedCache:
         """Row ``target`` becomes the first ``length`` tokens of row ``source``."""
         for pair in self.layers.values():
             for buffer in pair:
-                buffer[target].zero_()
                 buffer[target, :, :length] = buffer[source, :, :length]
+                buffer[target, :, length:] = 0
 
     def wipe(self, first: int, last: int) -> None:
         """Zero rows ``first`` to ``last`` (exclusive), so that nothing of them can leak into their successors."""
@@ -88,7 +122,7 @@ class RaggedCache:
         if (heads, device) not in self._slots:
             rows = torch.arange(self.first, self.last, device=self.device).view(-1, 1, 1)
             bases = (rows * heads + torch.arange(heads, device=self.device).view(1, -1, 1)) * self.capacity
-            self._slots[heads, device] = (bases + self.positions.unsqueeze(1)).reshape(-1).to(device)
+            self._slots[heads, device] = (bases + self._places.unsqueeze(1)).reshape(-1).to(device)
         return self._slots[heads, device]
 
     def _new(self, like: Tensor) -> Tensor:

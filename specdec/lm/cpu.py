@@ -6,6 +6,7 @@ import ctypes
 import time
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +24,38 @@ MOST_TOKENS = 256  # of one compiled pass; more are read in several, so that wha
 Integers = NDArray[np.int64]
 
 
+class Tokens(NamedTuple):
+    """The real tokens of a pass, those of a row side by side; arrays [M].
+
+    ``places`` are where they lie in their row's cache; ``positions`` count the tokens before them, which is the same
+    unless they are nodes of a tree. ``seen``: of a tree, see cpu.c.
+    """
+
+    ids: Integers
+    places: Integers
+    positions: Integers
+    row_of: Integers
+    seen: NDArray[np.uint64] | None = None
+
+    def part(self, begin: int) -> Tokens:
+        """As many as one pass reads, from ``begin`` on."""
+        here = slice(begin, begin + MOST_TOKENS)
+        seen = None if self.seen is None else self.seen[here]
+        return Tokens(self.ids[here], self.places[here], self.positions[here], self.row_of[here], seen)
+
+
 class CpuLM(CachedLM):
     """A ``GPT`` with its cache. The given model is not touched: its weights are packed into copies.
 
     A token's logits are the same bits whatever else is read in the same pass, as long as passes are compiled ones; so
-    speculation changes no text, in bfloat16 neither. Passes of many tokens go through oneDNN's products where these are
+    speculation changes no text, in bfloat16 neither (trees add up in another order). Passes of many tokens go through oneDNN's products where these are
     faster (on processors with matrix units).
 
     Raises ``LookupError`` where nothing is compiled for this processor and dtype.
     """
 
     reused_tokens = BLOCK
+    reads_trees = True
 
     def __init__(self, model: GPT) -> None:
         weight = model.embed_tokens.weight
@@ -50,6 +72,13 @@ class CpuLM(CachedLM):
         self._cosines = self._sines = torch.empty(0, 0)
         self._scratch = [torch.empty(0)] * 3
         self._point()
+        self.feature_layers, self.feature_size = self._packed.struct.layers - 1, self._packed.hidden
+        self._embedding = model.embed_tokens.weight.detach()
+        self._tapped = np.empty(0, dtype=np.int64)
+
+    def tap(self, layers: Sequence[int]) -> None:
+        super().tap(layers)
+        self._tapped = np.array(layers, dtype=np.int64)
 
     def remember(self, slot: int, tokens: Sequence[int]) -> None:
         if self.starts[slot] == 0:
@@ -86,8 +115,8 @@ class CpuLM(CachedLM):
         lengths = [length + more for length, more in zip(self.lengths[:rows], self._pending, strict=False)]
         read = [more + count - 1 for more in counts]
         self._extend(lengths, read, 0)
-        first = self._described(*_flat(tokens, lengths, counts), 0, True)
-        following = self._described(*_flat(tokens[:, :1], lengths, [1] * rows), 0, True)
+        first = self._described(_flat(tokens, lengths, counts), 0, True)
+        following = self._described(_flat(tokens[:, :1], lengths, [1] * rows), 0, True)
         logits = torch.empty(rows, self._packed.head.n, dtype=torch.float32)
         guessed = torch.empty(rows, count, dtype=torch.long)
         self._check(first)
@@ -104,17 +133,40 @@ class CpuLM(CachedLM):
         rows, width = tokens.shape
         counts = self._counts or [width] * rows
         self._extend(lengths, counts, first)
-        ids, positions, row_of = _flat(tokens, lengths, counts)
-        if len(ids) == rows * width <= MOST_TOKENS:
-            return self._pass(ids, positions, row_of, first, needs_logits).view(rows, width, -1)
+        read = _flat(tokens, lengths, counts)
+        if self._is_tree:
+            read = self._as_nodes(read, lengths, first)
+        if len(read.ids) == rows * width <= MOST_TOKENS:
+            hidden, outputs = self._pass(read, first, needs_logits)
+            self._outputs = outputs.view(rows, width, -1)
+            return hidden.view(rows, width, -1)
         hidden = torch.zeros(rows * width if needs_logits else 0, cpu.pad(self._packed.hidden), dtype=self.dtype)
-        places = torch.from_numpy(row_of * width + positions - np.array(lengths)[row_of])
-        for begin in range(0, len(ids), MOST_TOKENS):
-            part = slice(begin, begin + MOST_TOKENS)
-            states = self._pass(ids[part], positions[part], row_of[part], first, needs_logits)
+        outputs = torch.zeros(rows * width, len(self._tapped) * self.feature_size, dtype=self.dtype)
+        cells = torch.from_numpy(read.row_of * width + read.places - np.array(lengths)[read.row_of])
+        for begin in range(0, len(read.ids), MOST_TOKENS):
+            states, put_out = self._pass(read.part(begin), first, needs_logits)
+            outputs[cells[begin : begin + MOST_TOKENS]] = put_out
             if needs_logits:
-                hidden[places[part]] = states
+                hidden[cells[begin : begin + MOST_TOKENS]] = states
+        self._outputs = outputs.view(rows, width, -1)
         return hidden.view(rows, width, -1) if needs_logits else hidden
+
+    def _as_nodes(self, read: Tokens, lengths: Sequence[int], first: int) -> Tokens:
+        """``read`` with the positions of a tree's nodes, and what each of them sees."""
+        positions, seen = read.positions.copy(), np.empty(len(read.ids), dtype=np.uint64)
+        for b, length in enumerate(lengths):
+            own, committed = read.row_of == b, self.lengths[first + b]
+            branches = self._branches[first + b]
+            positions[own] = np.array(branches.depths[length - committed :]) + committed
+            seen[own] = np.array(branches.seen[length - committed :], dtype=np.uint64)
+        return read._replace(positions=positions, seen=seen)
+
+    def _gather(self, slot: int, places: Sequence[int]) -> None:
+        sources = np.array(places, dtype=np.int64)
+        self._library.gather(
+            self._packed.reference, ctypes.c_void_p(self.cache.address + 8 * slot * self.cache.addresses.shape[1]),
+            ctypes.c_void_p(sources.ctypes.data), ctypes.c_int64(self.lengths[slot]), ctypes.c_int64(len(sources)),
+        )  # fmt: skip
 
     def _extend(self, lengths: Sequence[int], counts: Sequence[int], first: int) -> None:
         """Make room for so many tokens more of the rows in slots ``first`` and on."""
@@ -123,38 +175,43 @@ class CpuLM(CachedLM):
             self.cache.extend(slot, total)
         self._know_positions(max(totals))
 
-    def _pass(self, ids: Integers, positions: Integers, row_of: Integers, first: int, needs_logits: bool) -> Tensor:
-        """Hidden states [M, pad(H)] of M tokens, those of a row side by side; valid until the next pass."""
-        described = self._described(ids, positions, row_of, first, needs_logits)
+    def _pass(self, read: Tokens, first: int, needs_logits: bool) -> tuple[Tensor, Tensor]:
+        """Hidden states [M, pad(H)], valid until the next pass, and outputs of tapped layers [M, taps * H]."""
+        count = len(read.ids)
+        outputs = torch.empty(count, len(self._tapped) * self.feature_size, dtype=self.dtype)
+        described = self._described(read, first, needs_logits)
+        described.taps, described.tapped = len(self._tapped), self._tapped.ctypes.data
+        described.features = outputs.data_ptr()
         self._check(described)
-        if self._others is not None and len(ids) >= self._others.least_tokens:
+        if self._others is not None and count >= self._others.least_tokens:
             self._others.forward(described, self._packed, *self._scratch)
         else:
             self._library.forward(ctypes.byref(described), self._packed.reference)
-        return self._scratch[1][: len(ids), : cpu.pad(self._packed.hidden)]
+        return self._scratch[1][:count, : cpu.pad(self._packed.hidden)], outputs
 
     def _check(self, described: cpu.Pass) -> None:
         if not self._library.readable(ctypes.byref(described), self._packed.reference):
             raise PromptError(f"a token id is not in the vocabulary; ids must be from 0 to {self.vocab_size - 1}")
 
-    def _described(
-        self, ids: Integers, positions: Integers, row_of: Integers, first: int, needs_logits: bool
-    ) -> cpu.Pass:
+    def _described(self, read: Tokens, first: int, needs_logits: bool) -> cpu.Pass:
         """The pass over these tokens as the compiled functions want it."""
-        packed, count, low = self._packed, len(ids), int(row_of[0])
-        rows = int(row_of[-1]) + 1 - low
-        whole = np.empty(3 * count + rows + 1, dtype=np.int64)  # one array, because asking for addresses takes time
-        whole[:count], whole[count : 2 * count], whole[2 * count : 3 * count] = ids, positions, row_of - low
-        whole[3 * count :] = np.searchsorted(row_of, np.arange(low, low + rows + 1))
+        packed, count, low = self._packed, len(read.ids), int(read.row_of[0])
+        rows = int(read.row_of[-1]) + 1 - low
+        whole = np.empty(4 * count + 2 * rows + 1, dtype=np.int64)  # one array: asking for addresses takes time
+        whole[:count], whole[count : 2 * count] = read.ids, read.positions
+        whole[2 * count : 3 * count], whole[3 * count : 4 * count] = read.places, read.row_of - low
+        whole[4 * count : 4 * count + rows + 1] = np.searchsorted(read.row_of, np.arange(low, low + rows + 1))
+        whole[4 * count + rows + 1 :] = self.lengths[first + low : first + low + rows]
         here, stride = whole.ctypes.data, self.cache.addresses.shape[1]
         self._make_room(count)
         described = cpu.Pass(
-            count, here, here + 8 * count, here + 16 * count, rows, here + 24 * count,
+            count, here, here + 8 * count, here + 16 * count, here + 24 * count, rows, here + 32 * count,
             self.cache.address + 8 * (first + low) * stride, stride,
+            None if read.seen is None else read.seen.ctypes.data, here + 8 * (4 * count + rows + 1),
             *self._pointers, packed.widest_input, packed.widest_output,
-            int(needs_logits), cpu.threads_for(count * packed.multiplications),
+            int(needs_logits), 0, None, None, cpu.threads_for(count * packed.multiplications),
         )  # fmt: skip
-        described.kept = whole
+        described.kept = whole, read.seen
         return described
 
     def _make_room(self, count: int) -> None:
@@ -176,6 +233,12 @@ class CpuLM(CachedLM):
         cpu.product(self._library, head, flat, logits)
         return logits.view(*hidden.shape[:-1], head.n)[..., : self.vocab_size]
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(tokens, self._embedding)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return self._head(torch.nn.functional.pad(hidden, (0, cpu.pad(self._packed.hidden) - hidden.shape[-1])))
+
     def _copy(self, source: int, target: int, length: int) -> None:
         self.cache.copy(source, target, length)
 
@@ -184,15 +247,16 @@ class CpuLM(CachedLM):
             self.cache.drop(slot)
 
 
-def _flat(tokens: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> tuple[Integers, Integers, Integers]:
-    """Id, position in its row, and row of every real token of tokens [B, T], row after row."""
+def _flat(tokens: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tokens:
+    """Every real token of tokens [B, T], row after row; each follows the one before it."""
     rows, width = tokens.shape
     row_of, offsets = _grid(rows, width)
     ids = tokens.numpy().ravel()
     if min(counts) < width:
         real = np.nonzero(offsets < np.array(counts)[row_of])[0]
         row_of, offsets, ids = row_of[real], offsets[real], ids[real]
-    return ids, np.array(lengths)[row_of] + offsets, row_of
+    places = np.array(lengths)[row_of] + offsets
+    return Tokens(ids, places, places, row_of)
 
 
 @lru_cache(maxsize=256)

@@ -11,11 +11,12 @@ probe: some ragged passes of the model itself, compared with each row alone and 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class HFLM(CachedLM):
         _stand_in_for_mask_builders()
         self._admit(model)
         self._clear()
+        self.feature_layers, self.feature_size = self._layers - 1, model.get_input_embeddings().embedding_dim
 
     def _admit(self, model: PreTrainedModel) -> None:
         """Run a twin of ``model`` with packed weights; the model itself if that is not exact."""
@@ -64,11 +66,19 @@ class HFLM(CachedLM):
             self.model, self.packed = candidate, candidate is not model
             self._clear()
             try:
-                probe.admit(self, model, lambda text, row: probe.plain_logits(model, text), self._more_to_ask)
+                probe.admit(self, model, partial(_plain, model), self._more_to_ask)
                 return
             except probe.Refused:
                 if not self.packed:
                     raise
+
+    @cached_property
+    def reads_trees(self) -> bool:  # type: ignore[override]
+        """Asked of a second view of the model, because rows may live in this one."""
+        twin = copy.copy(self)
+        twin._clear()
+        twin._branches, twin._features, twin.reads_trees = {}, None, True
+        return self._takes_positions and probe.reads_trees(twin, self.model, partial(_plain, self.model))
 
     def _clear(self) -> None:
         self.lengths, self.starts, self._pending = [], [], []
@@ -83,7 +93,7 @@ class HFLM(CachedLM):
 
     def _forward(self, tokens: Tensor, lengths: list[int], first: int, *, needs_logits: bool) -> Tensor:
         """Logits [B, T, V]; of the last token only where none are needed, because the head is inside the model."""
-        self.cache.begin(lengths, tokens.shape[1], first)
+        self.cache.begin(lengths, tokens.shape[1], first, self._trees(first, len(tokens)))
         given: dict[str, Any] = {"past_key_values": self._hf_cache, "use_cache": True}
         if self._takes_positions:
             # Padding columns may lie past the context, where a table of positions has no row.
@@ -94,13 +104,26 @@ class HFLM(CachedLM):
         token = _running.set(self)
         try:
             with probe.evaluating(self.model):
-                logits: Tensor = self.model(input_ids=tokens, return_dict=True, **given).logits
+                found = self.model(input_ids=tokens, return_dict=True, output_hidden_states=bool(self.tapped), **given)
+            if self.tapped:
+                states = [found.hidden_states[layer + 1].to(self.device) for layer in self.tapped]
+                self._outputs = torch.cat(states, dim=-1)
+            logits: Tensor = found.logits
             return logits.to(self.device)
         finally:
             _running.reset(token)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return hidden
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(tokens)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden)
+
+    def _gather(self, slot: int, places: Sequence[int]) -> None:
+        self.cache.gather(slot, places, self.lengths[slot])
 
     def _copy(self, source: int, target: int, length: int) -> None:
         self.cache.copy(source, target, length)
@@ -115,6 +138,11 @@ class HFLM(CachedLM):
         if not probe.distance(_told_another_length(self, tokens, logits), logits.float()) <= limit:
             return "its logits depend on the length of its cache, which is that of no single row"
         return None
+
+
+def _plain(model: PreTrainedModel, text: Tensor, row: int) -> Tensor:
+    """Logits [T, V] of ``text`` alone and without a cache."""
+    return probe.plain_logits(model, text)
 
 
 class _RaggedLayer(CacheLayerMixin):
@@ -157,11 +185,12 @@ class _RaggedMasks:
         if lm is None or kwargs.get("allow_is_bidirectional_skip"):  # not our pass, or not a causal mask
             return self.builder(*args, **kwargs)
         mask_function: MaskFunction = kwargs["mask_function"]
-        positions, visible = lm.cache.positions, lm.cache.visible
+        positions, visible, keys = lm.cache.positions, lm.cache.visible, lm.cache.key_positions
         lm.mask_functions.append(mask_function)
 
         def on_own_positions(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return mask_function(row, head, positions[row, query], key) & visible[row, query, key]
+            seen = visible[row, query, key]
+            return mask_function(row, head, positions[row, query], key if keys is None else keys[row, key]) & seen
 
         ours = {"mask_function": on_own_positions, "attention_mask": None, "allow_is_causal_skip": False}
         sizes = {"q_length": positions.shape[1], "q_offset": 0, "kv_length": lm.cache.live, "kv_offset": 0}

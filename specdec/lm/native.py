@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from specdec.lm.base import CachedLM
@@ -24,21 +27,45 @@ def native_lm(model: GPT) -> CachedLM:
 class NativeLM(CachedLM):
     """A ``GPT`` with its cache. The given model is not touched: on CPU its projections are packed into a copy."""
 
+    reads_trees = True
+
     def __init__(self, model: GPT) -> None:
         weight = model.embed_tokens.weight
         super().__init__(model.config.vocab_size, model.config.max_position_embeddings, weight.device, weight.dtype)
         self.model = pack_linears(copy.deepcopy(model).eval())
         self.cache = RaggedCache(weight.dtype, weight.device)
+        self.feature_layers, self.feature_size = model.config.num_hidden_layers - 1, model.config.hidden_size
+        self._put_out: dict[int, Tensor] = {}
+
+    def tap(self, layers: Sequence[int]) -> None:
+        for layer in set(layers) - set(self.tapped):
+            self.model.layers[layer].register_forward_hook(partial(self._catch, layer))
+        super().tap(layers)
+
+    def _catch(self, layer: int, module: object, inputs: object, output: Tensor) -> None:
+        self._put_out[layer] = output
 
     def _reserve(self, rows: int, length: int) -> None:
         self.cache.reserve(rows, length)
 
     def _forward(self, tokens: Tensor, lengths: list[int], first: int, *, needs_logits: bool) -> Tensor:
-        self.cache.begin(lengths, tokens.shape[1], first)
-        return self.model(tokens, self.cache)
+        self.cache.begin(lengths, tokens.shape[1], first, self._trees(first, len(tokens)))
+        hidden: Tensor = self.model(tokens, self.cache)
+        if self.tapped:
+            self._outputs = torch.cat([self._put_out[layer] for layer in self.tapped], dim=-1)
+        return hidden
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head(hidden)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.model.embed_tokens(tokens)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(hidden)
+
+    def _gather(self, slot: int, places: Sequence[int]) -> None:
+        self.cache.gather(slot, places, self.lengths[slot])
 
     def _copy(self, source: int, target: int, length: int) -> None:
         self.cache.copy(source, target, length)

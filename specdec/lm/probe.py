@@ -102,6 +102,29 @@ def _difference(lm: CachedLM, model: PreTrainedModel, plain: Plain, check: Check
     return check(tokens, logits, limit) if check is not None else None
 
 
+TREE = (-1, 0, 0, 1, 2, 4)  # parents of a small tree: two branches of unequal depth
+
+
+@torch.inference_mode()
+def reads_trees(lm: CachedLM, model: PreTrainedModel, plain: Plain) -> bool:
+    """Whether nodes of a tree get the logits of their own path, and what follows the path that is kept."""
+    text = random_tokens(model, 1, 3, seed=0)[0].tolist()
+    nodes = random_tokens(model, 1, len(TREE), seed=1)[0].tolist()
+    path = [0, 2, 4, 5]  # not the one that was read first
+    whole = torch.tensor([*text, *(nodes[place] for place in path)], device=lm.device)
+    try:
+        lm.reserve(2, len(text) + len(nodes) + 2)
+        lm.fill([text])
+        tree = lm.append(torch.tensor([nodes], device=lm.device), parents=[TREE])[0, path]
+        lm.keep([len(path)], paths=[path])
+        after = lm.append(whole[None, -1:])[0]
+        expected = plain(torch.cat([whole, whole[-1:]]), 0).float()[len(text) :]
+    except (RuntimeError, ValueError, TypeError, IndexError):  # a model's code that does not know such masks
+        return False
+    limit = tolerance(lm) * float((expected - expected.mean(-1, keepdim=True)).square().mean().sqrt())
+    return distance(torch.cat([tree, after]), expected) <= limit
+
+
 @torch.inference_mode()
 def _outside_state(model: PreTrainedModel, plain: Plain, device: torch.device) -> str | None:
     """The reason to refuse a model that remembers what it has read in its modules, where rows cannot be told apart."""

@@ -93,8 +93,8 @@ class RowwiseLM(CachedLM):
             else "transformers' generate, with the model's own cache, says something else"
         )
 
-    def keep(self, counts: Any, *, first: int = 0) -> None:
-        super().keep(counts, first=first)
+    def keep(self, counts: Any, *, first: int = 0, paths: Any = None) -> None:
+        super().keep(counts, first=first, paths=paths)
         for slot, count in enumerate(counts, first):
             self._keep_row(self._rows[slot], count)
 
@@ -122,7 +122,7 @@ class RowwiseLM(CachedLM):
 
     def _copy(self, source: int, target: int, length: int) -> None:
         """The source's cache, cut to ``length`` tokens where it can be; else they are read anew when next needed."""
-        old, new = self._rows[source], self._rows[target]
+        old, new = copy.copy(self._rows[source]), self._rows[target]  # which may be the same
         new.clear()
         new.source, new.text = old.source, old.text[:length]
         surplus = len(old.text) - old.behind - length

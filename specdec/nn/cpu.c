@@ -77,18 +77,26 @@ typedef struct {
 typedef struct { /* one pass over M tokens of several rows */
     int64_t tokens;
     const int64_t *ids;       /* [M] */
-    const int64_t *positions; /* [M] */
+    const int64_t *positions; /* [M]: by which queries and keys are turned */
+    const int64_t *places;    /* [M]: where keys and values go in the row's blocks */
     const int64_t *row_of;    /* [M] */
     int64_t rows;
     const int64_t *row_begins; /* [rows + 1]: where a row's tokens begin among the M */
     const uint64_t *blocks;    /* addresses of the rows' cache blocks, [rows, block_stride] */
     int64_t block_stride;
+    /* Of a tree; NULL: tokens see all places up to their own. Otherwise those before the row's `base`, and
+       place base + i where bit i of `seen` is set. */
+    const uint64_t *seen; /* [M] */
+    const int64_t *bases; /* [rows] */
     const float *cosines, *sines; /* [positions, head_dim / 2] */
     float *x;      /* [M, pad(hidden)] */
     elem *h;       /* [M, widest input] */
     float *wide;   /* [M, widest output] */
     int64_t ld_h, ld_wide;
     int64_t last_states; /* 0: nobody asks for what comes out of the last layer */
+    int64_t taps;        /* of how many layers the outputs are asked for */
+    const int64_t *tapped; /* [taps] */
+    elem *features;        /* [M, taps, hidden] */
     int64_t threads;
 } Pass;
 
@@ -298,13 +306,13 @@ static void turn_and_store(const Pass *pass, const Model *model, int64_t number)
     for (int64_t m = 0; m < pass->tokens; m++)
         for (int64_t n = 0; n < heads + groups; n++) {
             float *head = pass->wide + m * pass->ld_wide + n * size;
-            int64_t position = pass->positions[m], t = position % BLOCK;
+            int64_t position = pass->positions[m], place = pass->places[m], t = place % BLOCK;
             if (n < heads) {
                 turn(model, pass, head, layer->q_norm, position, 1.0f / sqrtf((float)size));
                 continue;
             }
             turn(model, pass, head, layer->k_norm, position, 1.0f);
-            elem *keys = block_of(pass, model, pass->row_of[m], position / BLOCK, number, n - heads);
+            elem *keys = block_of(pass, model, pass->row_of[m], place / BLOCK, number, n - heads);
             elem *values = keys + BLOCK * padded;
             const float *value = head + groups * size;
             keys += t / LANES * padded * LANES + t % LANES * PAIR;
@@ -315,15 +323,25 @@ static void turn_and_store(const Pass *pass, const Model *model, int64_t number)
         }
 }
 
-/* The softmax of scores over one more block of 64 tokens, of which the first `live` count: weights into p, the largest
+INLINE uint64_t first_bits(int64_t count) { return count <= 0 ? 0 : count >= BLOCK ? ~(uint64_t)0 : ((uint64_t)1 << count) - 1; }
+
+/* Which of the tokens in block b of its row's cache token m of the pass may look at. */
+INLINE uint64_t visible(const Pass *pass, int64_t row, int64_t m, int64_t b) {
+    if (!pass->seen) return first_bits(pass->places[m] + 1 - b * BLOCK);
+    int64_t base = pass->bases[row] - b * BLOCK;
+    uint64_t seen = pass->seen[m];
+    return first_bits(base) | (base >= BLOCK || base <= -BLOCK ? 0 : base >= 0 ? seen << base : seen >> -base);
+}
+
+/* The softmax of scores over one more block of 64 tokens, of which those in `live` count: weights into p, the largest
    score so far and the sum of weights kept; what was mixed before shrinks as the largest score grows (online softmax,
    Milakov and Gimelshein 2018). */
-INLINE void soften(const float *scores, int64_t live, elem *p, float *largest, float *sum, float *mixed, int64_t size) {
+INLINE void soften(const float *scores, uint64_t live, elem *p, float *largest, float *sum, float *mixed, int64_t size) {
     const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     ints counts[BLOCK / LANES];
     vec peaks = spread(*largest), weights = {0};
     for (int i = 0; i < BLOCK / LANES; i++) {
-        counts[i] = lane + i * LANES < (int32_t)live;
+        counts[i] = ((((ints){0} + (int32_t)(live >> i * LANES & 0xffff)) >> lane) & 1) != 0;
         vec here = choose(counts[i], ((const vec *)scores)[i], spread(-INFINITY));
         peaks = choose(here > peaks, here, peaks);
     }
@@ -350,7 +368,7 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
     int64_t place[QUERIES], last[QUERIES], blocks = 0;
     for (int m = 0; m < mt; m++) {
         place[m] = pass->row_begins[row] + (begin + m) / share;
-        last[m] = pass->positions[place[m]];
+        last[m] = pass->places[place[m]];
         const float *query = pass->wide + place[m] * pass->ld_wide + (group * share + (begin + m) % share) * size;
         memset(queries[m], 0, sizeof queries[m]);
         memset(mixed[m], 0, sizeof mixed[m]);
@@ -365,7 +383,7 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
             if (last[m] < b * BLOCK)
                 memset(p[m], 0, sizeof p[m]);
             else
-                soften(scores[m], last[m] + 1 - b * BLOCK < BLOCK ? last[m] + 1 - b * BLOCK : BLOCK, p[m], &largest[m], &sum[m], mixed[m], padded);
+                soften(scores[m], visible(pass, row, place[m], b), p[m], &largest[m], &sum[m], mixed[m], padded);
         }
         strip(mt, padded / LANES, p[0], BLOCK, values, BLOCK * LANES, BLOCK, mixed[0], padded, mixed[0], padded);
     }
@@ -409,6 +427,17 @@ static void gated(const Pass *pass, const Model *model) {
         }
 }
 
+/* Note the output of layer `number` if it is asked for. */
+static void note(const Pass *pass, const Model *model, int64_t number) {
+    int64_t hidden = model->hidden;
+    for (int64_t tap = 0; tap < pass->taps; tap++)
+        if (pass->tapped[tap] == number)
+#pragma omp for schedule(static)
+            for (int64_t m = 0; m < pass->tokens; m++)
+                for (int64_t i = 0; i < hidden; i++)
+                    pass->features[(m * pass->taps + tap) * hidden + i] = narrow(pass->x[m * pad(hidden) + i]);
+}
+
 static void embed(const Pass *pass, const Model *model) {
     int64_t hidden = model->hidden, ldx = pad(hidden);
 #pragma omp for schedule(static)
@@ -417,8 +446,8 @@ static void embed(const Pass *pass, const Model *model) {
             pass->x[m * ldx + i] = i < hidden ? widen(model->embedding[pass->ids[m] * hidden + i]) : 0;
 }
 
-/* What comes before each of a block's four products; where the product is another library's, stages are called singly. */
-enum { EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL };
+/* What comes before each of a block's four products, and after the last; where the product is another library's, stages are called singly. */
+enum { EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL, NOTE };
 
 static void before(const Pass *pass, const Model *model, int64_t layer, int which) {
     switch (which) {
@@ -431,6 +460,7 @@ static void before(const Pass *pass, const Model *model, int64_t layer, int whic
     case GATE_UP: norm(pass, model, model->layer[layer].post_norm); break;
     case DOWN: gated(pass, model); break;
     case FINAL: norm(pass, model, model->norm); break;
+    case NOTE: note(pass, model, layer); break;
     }
 }
 
@@ -444,6 +474,24 @@ int64_t readable(const Pass *pass, const Model *model) {
     for (int64_t m = 0; m < pass->tokens; m++)
         if (pass->ids[m] < 0 || pass->ids[m] >= model->vocabulary) return 0;
     return 1;
+}
+
+/* Keys and values of `count` places of a row go to the places from `begin` on, in this order; sources never lie before
+   the place they go to. */
+void gather(const Model *model, const uint64_t *blocks, const int64_t *sources, int64_t begin, int64_t count) {
+    int64_t padded = pad(model->head_dim);
+    for (int64_t n = 0; n < model->layers * model->groups; n++)
+        for (int64_t j = 0; j < count; j++) {
+            int64_t from = sources[j], to = begin + j, f = from % BLOCK, t = to % BLOCK;
+            if (from == to) continue;
+            elem *old = (elem *)(uintptr_t)blocks[from / BLOCK] + n * 2 * BLOCK * padded;
+            elem *new = (elem *)(uintptr_t)blocks[to / BLOCK] + n * 2 * BLOCK * padded;
+            for (int64_t i = 0; i < padded; i++) {
+                int64_t key = i / PAIR * LANES * PAIR + i % PAIR, value = BLOCK * padded + i / LANES * BLOCK * LANES + i % LANES * PAIR;
+                new[key + t / LANES * padded * LANES + t % LANES * PAIR] = old[key + f / LANES * padded * LANES + f % LANES * PAIR];
+                new[value + t / PAIR * LANES * PAIR + t % PAIR] = old[value + f / PAIR * LANES * PAIR + f % PAIR];
+            }
+        }
 }
 
 /* All layers; what the head reads is left in h. */
@@ -463,6 +511,7 @@ void forward(const Pass *pass, const Model *model) {
             linear(&layer->gate_up, pass->tokens, pass->h, pass->ld_h, pass->wide, pass->ld_wide, 0);
             before(pass, model, i, DOWN);
             linear(&layer->down, pass->tokens, pass->h, pass->ld_h, pass->x, ldx, 1);
+            before(pass, model, i, NOTE);
         }
         if (pass->last_states) before(pass, model, 0, FINAL);
     }
@@ -478,14 +527,15 @@ void product(const Linear *by, int64_t tokens, const elem *x, int64_t ldx, float
    the first `choices` ids. `next` has room for one token of every row. */
 void chain(const Pass *first, const Pass *next, const Model *model, int64_t count, int64_t choices, float *logits,
            int64_t *chosen) {
-    int64_t *ids = (int64_t *)next->ids, *positions = (int64_t *)next->positions, rows = first->rows;
+    int64_t *ids = (int64_t *)next->ids, *positions = (int64_t *)next->positions, *places = (int64_t *)next->places;
+    int64_t rows = first->rows;
     for (int64_t i = 0; i < count; i++) {
         const Pass *pass = i ? next : first;
         forward(pass, model);
         for (int64_t row = 0; row < rows && !i; row++) {
             int64_t last = first->row_begins[row + 1] - 1;
             memmove(first->h + row * first->ld_h, first->h + last * first->ld_h, first->ld_h * sizeof(elem));
-            positions[row] = first->positions[last];
+            positions[row] = first->positions[last], places[row] = first->places[last];
         }
         product(&model->head, rows, pass->h, pass->ld_h, logits, model->head.n, pass->threads);
         for (int64_t row = 0; row < rows; row++) {
@@ -493,7 +543,7 @@ void chain(const Pass *first, const Pass *next, const Model *model, int64_t coun
             int64_t best = 0;
             for (int64_t n = 1; n < choices; n++) best = here[n] > here[best] ? n : best;
             chosen[row * count + i] = ids[row] = best;
-            positions[row]++;
+            positions[row]++, places[row]++;
         }
     }
 }

@@ -34,7 +34,7 @@ SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 VARIANTS = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
 
-EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL = range(6)  # the stages of cpu.c
+EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL, NOTE = range(7)  # the stages of cpu.c
 TRIED_TOKENS = (8, 16, 32, 64, 128)  # of passes that oneDNN is tried with
 WORTH_A_THREAD = 2**21  # multiplications, some tens of microseconds
 LEAST_TIMED = 2**17  # numbers in a weight; with smaller ones calls cost more than products
@@ -77,12 +77,14 @@ class Pass(Structure):
 
     _fields_ = [
         ("tokens", c_int64),
-        *((name, c_void_p) for name in ("ids", "positions", "row_of")),
+        *((name, c_void_p) for name in ("ids", "positions", "places", "row_of")),
         ("rows", c_int64),
         *((name, c_void_p) for name in ("row_begins", "blocks")),
         ("block_stride", c_int64),
-        *((name, c_void_p) for name in ("cosines", "sines", "x", "h", "wide")),
-        *((name, c_int64) for name in ("ld_h", "ld_wide", "last_states", "threads")),
+        *((name, c_void_p) for name in ("seen", "bases", "cosines", "sines", "x", "h", "wide")),
+        *((name, c_int64) for name in ("ld_h", "ld_wide", "last_states", "taps")),
+        *((name, c_void_p) for name in ("tapped", "features")),
+        ("threads", c_int64),
     ]
 
 
@@ -245,6 +247,7 @@ class OtherProducts:
                     x[:tokens, : found.shape[1]] += found
                 else:
                     wide[:tokens, : found.shape[1]] = found
+            stage(layer, NOTE)
         stage(0, FINAL)
 
 
