@@ -22,17 +22,30 @@ class Draft:
     tokens [B, K] int64; lengths [B] int64, how many of them each row really proposes (the rest is padding);
     probs [B, K, V] float32, where ``probs[b, i]`` is the very tensor ``tokens[b, i]`` was drawn from, or None when
     every proposal is certain (one-hot laws: lookups, greedy drafts).
+
+    A row's tokens are one text, unless ``parents`` makes them a tree: ``parents[b][i]`` is the place of the token that
+    token i follows, -1 for the row's last committed one. Parents come before children; children of one parent are
+    different tokens, and the law of each leaves out those drawn before it.
     """
 
     tokens: Tensor
     lengths: Tensor
     probs: Tensor | None = None
+    parents: list[list[int]] | None = None
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> Draft:
         """No proposal for any row: the step becomes plain decoding."""
         zeros = torch.zeros(rows, 0, dtype=torch.long, device=device)
         return cls(zeros, torch.zeros(rows, dtype=torch.long, device=device))
+
+    @classmethod
+    def certain(cls, tokens: list[list[int]], device: torch.device) -> Draft:
+        """These tokens of each row, with one-hot laws; any row may have fewer than others, or none."""
+        width = max(map(len, tokens))
+        cells = [[len(row), *row, *[0] * (width - len(row))] for row in tokens]
+        table = torch.tensor(cells, device=device)
+        return cls(table[:, 1:], table[:, 0])
 
     @cached_property
     def is_drafted(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from specdec import verify
+from specdec import tree, verify
 from specdec.admission import Admission
 from specdec.control import Adaptive, Controller, FixedLength
 from specdec.costs import Costs, read_costs, write_costs
@@ -179,6 +179,7 @@ class Call:
             coupled=settings.rule_name == "coupled",
             logprobs=settings.logprobs,
             record=record,
+            trees=self.target.reads_trees and getattr(self.drafter, "drafts_trees", False),
         )
         self.rows = {
             index: Row(request, index, self._text(request, streaming), self.target.device)
@@ -222,10 +223,13 @@ class Call:
         tokens = torch.cat([sequences.last_tokens, draft.tokens], dim=1)
         # Elsewhere asking for the lengths would be one more synchronisation; padding is then read as well.
         counts = (draft.lengths + 1).tolist() if draft.lengths.is_cpu else None
-        logits = sequences.fit(self.target.append(tokens, counts))
-        verdict, is_sound = self._judge(logits, draft)
-        step = sequences.commit(logits, is_sound, draft, verdict)
-        self.target.keep([1 + accepted for accepted in step.accepted])
+        logits = sequences.fit(self.target.append(tokens, counts, parents=tree.nodes_of(draft)))
+        if draft.parents is None:
+            verdict, is_sound = self._judge(logits, draft)
+            step = sequences.commit(logits, is_sound, draft, verdict)
+            self.target.keep([1 + accepted for accepted in step.accepted])
+        else:
+            step = self._commit_tree(logits, draft)
         for slot in step.retried:
             self.target.forget(slot)
         self.plain_next = bool(step.retried)
@@ -242,6 +246,23 @@ class Call:
             return verify.greedy(largest.clamp(min=0), draft), (largest >= 0).all(-1)
         laws = self.sequences.laws(logits, draft)
         return self.rule(laws, draft, self.sequences.randomness), is_law(laws).all(-1)
+
+    def _commit_tree(self, logits: Tensor, draft: Draft) -> Step:
+        """What ``_judge``, commit and keep are for a chain; logits [B, K + 1, V] by node."""
+        sequences, nodes = self.sequences, tree.Tree.of(draft.parents or [], logits.device)
+        if self.greedy:
+            largest = sequences.largest(logits, draft)
+            path, is_sound = tree.follow(largest.clamp(min=0), nodes, draft), (largest >= 0).all(-1)
+        else:
+            laws = sequences.laws(logits, draft)
+            rule = tree.coupled if sequences.coupled else tree.rejection
+            path, is_sound = rule(laws, nodes, draft, sequences.randomness), is_law(laws).all(-1)
+        followed, chain, verdict = tree.along(path, logits, draft)
+        step = sequences.commit(followed, is_sound, chain, verdict)
+        places = [own[:count] for own, count in zip(path.places.tolist(), step.accepted, strict=True)]
+        counts = [1 + accepted for accepted in step.accepted]
+        self.target.keep(counts, paths=[[0, *(place + 1 for place in own)] for own in places])
+        return replace(step, paths=places, depths=nodes.depths.amax(1).tolist())
 
     def _propose(self) -> tuple[Draft, float]:
         """A draft, and the seconds it took if a model made it; lookups count as part of the step."""
@@ -301,8 +322,9 @@ class Call:
 
     def _count(self, step: Step) -> None:
         self.stats.num_target_passes += 1
-        for drafted, accepted, committed in zip(step.drafted, step.accepted, step.committed, strict=True):
-            self.stats.count_row(drafted, accepted, committed)
+        depths = step.depths or [None] * len(step.rows)
+        for counts in zip(step.drafted, step.accepted, step.committed, depths, strict=True):
+            self.stats.count_row(*counts)
 
     def _text(self, request: Request, streaming: bool) -> TextStream | None:
         tokenizer = self.engine.tokenizer

@@ -28,6 +28,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from specdec import draws
 from specdec.errors import ConfigError
 
 LEAST_TEMPERATURE = 1e-30  # below it logits / temperature can overflow float32, and the law would be NaN
@@ -211,7 +212,7 @@ def quantile(probs: Tensor, uniforms: Tensor) -> Tensor:
 MAX_DRAFT_TOKENS = 64  # far beyond what pays; lets a step draw its random numbers at once
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's increment, as a signed 64-bit integer
-_TARGET, _ACCEPT, _DRAFT = 1, 2, 3  # purposes: which stream of a row a number belongs to
+_BRANCH, _TARGET, _ACCEPT, _DRAFT = range(4)  # purposes: which stream of a row a number belongs to
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -259,6 +260,14 @@ class Randomness:
         keys = self._key(_TARGET, self.starts.view(-1, *[1] * (offsets.dim() - 1)) + offsets)
         return _uniforms(keys, vocab_size).log_().neg_().float()
 
+    def branches(self, level: int, count: int, vocab_size: int) -> Tensor:
+        """Exp(1) noise [B, count, V] for the children of ``count`` nodes of a drafted tree, drawn at ``level``."""
+        if self.constant:
+            return torch.ones(1, device=self.seeds.device)
+        nodes = 1 + level * MAX_DRAFT_TOKENS + torch.arange(count, device=self.seeds.device)
+        keys = _mix(self._key(_BRANCH, self.starts).unsqueeze(1) + nodes * _GOLDEN)
+        return _uniforms(keys, vocab_size).log_().neg_().float()
+
     def draft(self, offset: int, draft_law: Tensor) -> Tensor:
         """The drafter's token number ``offset`` of this step, [B, 1], drawn from its law [B, 1, V].
 
@@ -266,6 +275,9 @@ class Randomness:
         """
         if self.constant:
             return draft_law.argmax(-1)
+        drawn = draws.draw(draft_law, self.seeds, self.starts, offset, coupled=self.coupled)
+        if drawn is not None:
+            return drawn
         if self.coupled:
             offsets = torch.full((len(self.seeds), 1), offset, device=self.seeds.device)
             return race(draft_law, self.target(offsets, draft_law.shape[-1]))
@@ -274,6 +286,9 @@ class Randomness:
     @cached_property
     def _accept_and_draft(self) -> Tensor:
         """Uniforms [2, B, MAX_DRAFT_TOKENS]; made together, because launching tiny operations is what they cost."""
+        made = draws.uniforms(self.seeds, self.starts, MAX_DRAFT_TOKENS)
+        if made is not None:
+            return made
         keys = torch.stack([self._key(_ACCEPT, self.starts), self._key(_DRAFT, self.starts)])
         return _uniforms(keys, MAX_DRAFT_TOKENS)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec import draws
 from specdec.draft import Draft
 from specdec.errors import ModelError, SpecDecError
 from specdec.lm.base import window_start
@@ -116,7 +117,8 @@ class Step:
     """What one round did: per live row the tokens proposed, accepted and entered, and the rows it ended.
 
     ``retried`` rows met NaN or infinity in a pass that read drafts. A refused token may be to blame, so nothing entered:
-    their caches are read anew, and the next step drafts nothing.
+    their caches are read anew, and the next step drafts nothing. Of trees, ``paths`` are the places of the accepted
+    tokens among those proposed, and ``depths`` how many could have been accepted; ``drafted`` counts all of them.
     """
 
     rows: list[Row]
@@ -125,6 +127,8 @@ class Step:
     committed: list[int]
     finished: list[int] = field(default_factory=list)
     retried: list[int] = field(default_factory=list)
+    paths: list[list[int]] | None = None
+    depths: list[int] | None = None
 
 
 class Sequences:
@@ -139,10 +143,11 @@ class Sequences:
         coupled: bool,
         logprobs: bool,
         record: bool = False,
+        trees: bool = False,
     ) -> None:
         self.rows: list[Row] = []
         self.vocab_size, self.context, self.device = vocab_size, context, device
-        self._coupled, self._logprobs, self._record = coupled, logprobs, record
+        self.coupled, self._logprobs, self._record, self._trees = coupled, logprobs, record, trees
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -154,13 +159,18 @@ class Sequences:
         self.last_tokens = table[:, :1]
         self._groups = same_filters([row.filters for row in self.rows])
         self.greedy = all(by.greedy for by in self._groups)
-        self.randomness = Randomness(table[:, 1], table[:, 2], coupled=self._coupled, constant=self.greedy)
+        self.randomness = Randomness(table[:, 1], table[:, 2], coupled=self.coupled, constant=self.greedy)
         self._reads_prefix = [b for b, row in enumerate(self.rows) if row.processors]
 
     @property
     def only_largest(self) -> bool:
         """Whether the largest of a drafter's own logits is all that is asked for."""
         return self.greedy and not self._reads_prefix
+
+    @property
+    def takes_trees(self) -> bool:
+        """Whether a draft may branch: the target reads trees, and no processor wants to know what came before."""
+        return self._trees and not self._reads_prefix
 
     @property
     def starts(self) -> list[int]:
@@ -193,7 +203,11 @@ class Sequences:
 
     def largest(self, logits: Tensor, draft: Draft) -> Tensor:
         """The tokens [B, K+1] that greedy laws of logits [B, K+1, V] give; -1 where no token can be drawn."""
-        peaks, tokens = self._process(logits, draft).max(-1)
+        processed = self._process(logits, draft)
+        found = draws.largest(processed)
+        if found is not None:
+            return found
+        peaks, tokens = processed.max(-1)
         return torch.where(peaks.isfinite(), tokens, -1)
 
     def _process(self, logits: Tensor, draft: Draft) -> Tensor:
@@ -221,15 +235,14 @@ class Sequences:
 
         ``is_sound`` [B]: whether tokens could be drawn everywhere. Logprobs are those of ``logits``, before any filter.
         """
-        parts = [verdict.accepted * is_sound, draft.lengths, is_sound.long(), verdict.next_token]
-        table = torch.cat([torch.stack(parts, dim=1), draft.tokens], dim=1).tolist()
+        table = _to_host(verdict.accepted, draft.lengths, is_sound, verdict.next_token, draft.tokens)
         logprobs = self._committed_logprobs(logits, draft, verdict) if self._logprobs else None
-        step = Step(list(self.rows), [line[1] for line in table], [line[0] for line in table], [])
-        for b, (accepted, _, sound, next_token, *drafted) in enumerate(table):
-            row = self.rows[b]
+        accepted = [count if sound else 0 for count, sound in zip(table[0], table[2], strict=True)]
+        step = Step(list(self.rows), table[1], accepted, [])
+        for b, (row, count, sound, next_token, drafted) in enumerate(zip(self.rows, accepted, *table[2:], strict=True)):
             if not sound and not drafted:
                 row.fail(_no_law(row))
-            step.committed.append(row.commit([*drafted[:accepted], next_token], accepted) if sound else 0)
+            step.committed.append(row.commit([*drafted[:count], next_token], count) if sound else 0)
             if row.processors:
                 row.processors.commit(step.committed[b])
             if self._processed is not None:
@@ -260,6 +273,16 @@ class Sequences:
         tokens = torch.nn.functional.pad(draft.tokens, (0, 1)).scatter(1, accepted, verdict.next_token.unsqueeze(1))
         found: list[list[float]] = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
         return found
+
+
+def _to_host(*columns: Tensor) -> list[list[Any]]:
+    """Columns [B] and a table [B, K], the last one, as lists, in one transfer."""
+    if columns[0].is_cpu:
+        return [column.tolist() for column in columns]
+    *single, table = columns
+    lines = torch.cat([torch.stack([column.long() for column in single], dim=1), table], dim=1).tolist()
+    count = len(single)
+    return [*([line[i] for line in lines] for i in range(count)), [line[count:] for line in lines]]
 
 
 def processing_of(request: Request, device: torch.device) -> Processing:

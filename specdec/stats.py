@@ -54,8 +54,11 @@ class Stats:
     total_seconds: float = 0.0
     control: Decisions = field(default_factory=Decisions)
 
-    def count_row(self, drafted: int, accepted: int, committed: int) -> None:
-        """Add one row's part of one step: tokens proposed, kept, and entered into the text."""
+    def count_row(self, drafted: int, accepted: int, committed: int, depth: int | None = None) -> None:
+        """Add one row's part of one step: tokens proposed, kept, and entered into the text.
+
+        ``depth``: of a tree, how many of its tokens could have been kept.
+        """
         self.num_row_steps += 1
         self.num_generated_tokens += committed
         if drafted == 0:
@@ -63,10 +66,11 @@ class Stats:
         self.num_drafts += 1
         self.num_draft_tokens += drafted
         self.num_accepted_tokens += accepted
-        missing = drafted - len(self.num_draft_tokens_per_position)
+        positions = drafted if depth is None else depth
+        missing = positions - len(self.num_draft_tokens_per_position)
         self.num_draft_tokens_per_position.extend([0] * missing)
         self.num_accepted_tokens_per_position.extend([0] * missing)
-        for i in range(drafted):
+        for i in range(positions):
             self.num_draft_tokens_per_position[i] += 1
         for i in range(accepted):
             self.num_accepted_tokens_per_position[i] += 1

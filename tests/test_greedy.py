@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 from specdec import Drafter, Engine
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
+from specdec.drafters.tree import TreeDrafter
 from specdec.lm.base import CachedLM
 from specdec.lm.hf import HFLM
 from specdec.nn.gpt import state_to_hf
@@ -22,7 +23,7 @@ from toys import native, noisy, tiny_gpt
 
 VOCAB, NEW = 61, 64
 BATCHES, DRAFT_LENGTHS = (1, 2, 3, 7, 16), (0, 1, 2, 5, 8)
-DRAFTS = ("self", "noisy", "unrelated", "lookup", "hybrid")
+DRAFTS = ("self", "noisy", "unrelated", "lookup", "hybrid", "tree")
 DECODERS = ("our GPT", "HF Llama", "HF GPT-2")
 
 
@@ -47,9 +48,11 @@ class Family:
 
     def drafter(self, name: str) -> Drafter:
         models = {"self": self.same, "noisy": self.disturbed, "unrelated": native(tiny_gpt(9, layers=1))}
+        if name == "tree":
+            return TreeDrafter(self.disturbed)
         if name == "hybrid":
-            return HybridDrafter(ModelDrafter(self.disturbed), NgramDrafter())
-        return ModelDrafter(models[name]) if name in models else NgramDrafter()
+            return HybridDrafter(ModelDrafter(self.disturbed), SuffixDrafter())
+        return ModelDrafter(models[name]) if name in models else SuffixDrafter()
 
 
 @cache

@@ -20,7 +20,8 @@ from exact import BLOCK, REJECTION, chain, committed, draft_batch, table_tree
 from specdec import Draft, Drafter, Engine, Output
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
+from specdec.drafters.tree import TreeDrafter
 from specdec.sampling import Randomness, SamplingParams
 from specdec.sequences import Sequences, Step
 from specdec.verify import RULES
@@ -67,8 +68,9 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "model": lambda: ModelDrafter(TableLM(OTHER)),
     "uneven": lambda: Uneven(TableLM(OTHER)),
     "short context": lambda: ModelDrafter(TableLM(OTHER, context=6)),
-    "ngram": NgramDrafter,
-    "hybrid": lambda: HybridDrafter(ModelDrafter(TableLM(OTHER)), NgramDrafter()),
+    "suffix": SuffixDrafter,
+    "hybrid": lambda: HybridDrafter(ModelDrafter(TableLM(OTHER)), SuffixDrafter()),
+    "tree": lambda: TreeDrafter(TableLM(OTHER)),
     "always 2": lambda: Guess(lambda tokens, limit: [2] * limit),
     "repeats": lambda: Guess(lambda tokens, limit: tokens[-1:] * (limit if tokens[-1] % 2 else 1)),
 }
@@ -139,7 +141,7 @@ def alarm(output: Output, kinds: list[Kind], samples: int = SAMPLES) -> float:
 
 @every_rule
 @pytest.mark.parametrize(
-    ("drafter", "num_draft_tokens"), [("model", 1), ("model", 4), ("ngram", 3), ("repeats", 3), ("hybrid", 4)]
+    ("drafter", "num_draft_tokens"), [("model", 1), ("model", 4), ("suffix", 3), ("repeats", 3), ("hybrid", 4), ("tree", 3), ("tree", 12)]
 )
 def test_samples_follow_the_targets_law(rule: str, drafter: str, num_draft_tokens: int) -> None:
     """n = 20,000 texts of 5 tokens; one false alarm in 200,000 runs each if seeds were random."""

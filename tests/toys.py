@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from transformers import LlamaConfig
 from specdec.lm.base import CachedLM
 from specdec.lm.native import native_lm
 from specdec.nn.gpt import GPT
+from specdec.nn.lstm import LSTM, LSTMConfig
 
 
 class TableLM(CachedLM):
@@ -20,6 +22,8 @@ class TableLM(CachedLM):
     table [V, V, W]: ``table[a, b]`` are the logits after ...ab; a text of one token counts as preceded by token 0.
     It keeps the tokens of its rows as its cache, so a wrong keep, copy or restart changes its logits.
     """
+
+    reads_trees = True
 
     def __init__(self, table: Tensor, context: int = 64) -> None:
         super().__init__(table.shape[-1], context, torch.device("cpu"), torch.float32)
@@ -37,15 +41,26 @@ class TableLM(CachedLM):
         slots = torch.arange(first, first + rows).unsqueeze(1)
         positions = torch.tensor(lengths).unsqueeze(1) + torch.arange(width)
         self.memory[slots, positions] = tokens
-        before = torch.where(positions > 0, self.memory[slots, (positions - 1).clamp(min=0)], 0)
+        previous = positions - 1
+        if self._is_tree:
+            for b, length in enumerate(lengths):
+                committed, seen = self.lengths[first + b], self._branches[first + b].seen
+                for i, bits in enumerate(seen[length - committed :]):  # the last ancestor, or the last committed token
+                    ancestors = bits & ~(1 << (length - committed + i))
+                    previous[b, i] = committed + ancestors.bit_length() - 1
+        before = torch.where(previous >= 0, self.memory[slots, previous.clamp(min=0)], 0)
         return self.table[before, tokens]
+
+    def _gather(self, slot: int, places: Sequence[int]) -> None:
+        begin = self.lengths[slot]
+        self.memory[slot, begin : begin + len(places)] = self.memory[slot, list(places)]
 
     def _head(self, hidden: Tensor) -> Tensor:
         return hidden
 
     def _copy(self, source: int, target: int, length: int) -> None:
-        self.memory[target] = 0
         self.memory[target, :length] = self.memory[source, :length]
+        self.memory[target, length:] = 0
 
     def _wipe(self, first: int, last: int) -> None:
         self.memory[first:last] = 0
@@ -74,6 +89,15 @@ def tiny_gpt(seed: int = 0, vocab_size: int = 61, context: int = 256, layers: in
         pad_token_id=None,
     )
     return GPT(config).eval().requires_grad_(False)
+
+
+def tiny_lstm(seed: int = 0, vocab_size: int = 61, context: int = 2**30, layers: int = 2) -> LSTM:
+    """A random LSTM, with weights so large that tokens long past still have a visible effect."""
+    torch.manual_seed(seed)
+    model = LSTM(LSTMConfig(vocab_size, 24, layers, max_position_embeddings=context))
+    for weight in model.parameters():
+        weight.data.mul_(2)
+    return model.eval().requires_grad_(False)
 
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -7,6 +7,7 @@ not counting it. Buffers are zero-filled, because attention multiplies masked pl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,19 @@ from torch import Tensor
 from specdec.tree import Branches
 
 BLOCK = 64  # live lengths are rounded up to it: kernels are prepared per shape, which may take as long as a small pass
+
+
+class Memory(Protocol):
+    """What is kept of rows, in slots; as ``RaggedCache`` does."""
+
+    def reserve(self, rows: int, length: int, /) -> None:
+        """Make room for so many rows of so many tokens."""
+
+    def copy(self, source: int, target: int, length: int, /) -> None:
+        """Slot ``target`` becomes the first ``length`` tokens of slot ``source``."""
+
+    def wipe(self, first: int, last: int, /) -> None:
+        """Nothing is left in slots ``first`` to ``last`` (exclusive)."""
 
 
 class RaggedCache:

@@ -85,7 +85,8 @@ class CpuLM(CachedLM):
             self.cache.remember(slot, tokens[: self.lengths[slot]])
 
     def recall(self, slot: int, tokens: Sequence[int]) -> None:
-        self.lengths[slot] = self.cache.recall(slot, tokens)
+        if not self.tapped:  # of what is recalled, nothing is computed
+            self.lengths[slot] = self.cache.recall(slot, tokens)
 
     def knows(self, tokens: Sequence[int]) -> bool:
         return self.cache.knows(tokens)

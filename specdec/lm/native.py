@@ -12,12 +12,16 @@ from torch import Tensor
 from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
 from specdec.lm.cpu import CpuLM
+from specdec.lm.recurrent import RecurrentLM
 from specdec.nn.gpt import GPT
+from specdec.nn.lstm import LSTM
 from specdec.nn.packed import pack_linears
 
 
-def native_lm(model: GPT) -> CachedLM:
-    """``model`` with a cache: compiled for the processor where that is possible, else on torch."""
+def native_lm(model: GPT | LSTM) -> CachedLM:
+    """``model`` with a cache: a GPT compiled for the processor where that is possible, else on torch."""
+    if isinstance(model, LSTM):
+        return RecurrentLM(model)
     try:
         return CpuLM(model)
     except LookupError:

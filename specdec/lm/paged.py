@@ -88,6 +88,30 @@ class PagedCache:
             self.addresses, self.address = grown, grown.ctypes.data
 
 
+class Window:
+    """The first block and the latest ones of every row of a ``PagedCache``, as a pass sees them (attention sinks and a
+    window: Xiao et al. 2023, arXiv 2309.17453)."""
+
+    def __init__(self, cache: PagedCache, blocks: int) -> None:
+        self.cache, self.blocks = cache, blocks
+        self.skipped = np.zeros(0, dtype=np.int64)  # per row, tokens between the first block and the latest
+        self.addresses = np.zeros((0, 1 + blocks), dtype=np.uint64)
+        self.address = 0
+
+    def extend(self, slot: int, length: int) -> None:
+        """Give the row in ``slot`` room for ``length`` tokens, and look at its end."""
+        self.cache.extend(slot, length)
+        if len(self.skipped) < len(self.cache.rows):
+            self.skipped = np.zeros(len(self.cache.rows), dtype=np.int64)
+            self.addresses = np.zeros((len(self.cache.rows), 1 + self.blocks), dtype=np.uint64)
+            self.address = self.addresses.ctypes.data
+        end, known = -(-length // BLOCK), self.cache.addresses[slot]
+        begin = max(1, end - self.blocks)
+        self.addresses[slot, 0] = known[0]
+        self.addresses[slot, 1 : 1 + end - begin] = known[begin:end]
+        self.skipped[slot] = (begin - 1) * BLOCK
+
+
 def _keys(tokens: Sequence[int]) -> Iterator[bytes]:
     """What names each full block of a text: its tokens, and all before them."""
     key = b""

@@ -54,14 +54,16 @@ INLINE float widen(elem x) {
 #endif
 
 typedef struct { /* a weight in the layout above */
-    const elem *weight;
-    const float *bias; /* or NULL */
-    int64_t n, k;      /* padded */
+    const void *weight; /* elem; with a scale bytes, of which each stands for scale[n] * (byte - 64) */
+    const float *bias;  /* or NULL */
+    int64_t n, k;       /* padded */
+    const float *scale; /* [n] or NULL */
 } Linear;
 
 typedef struct {
     const float *input_norm, *post_norm, *q_norm, *k_norm; /* the last two may be NULL */
     Linear qkv, o, gate_up, down;
+    int64_t number; /* of its keys and values among those of a block of the cache */
 } Layer;
 
 typedef struct {
@@ -125,20 +127,28 @@ INLINE void store_some(elem *to, vec x, int64_t count) {
 
 /* --- products */
 
-/* out[m, 16 n ..] (+)= sum over k of x[m, k] w[n, k], for mt tokens and nb blocks of 16 rows of the weight */
-INLINE void tile(const int mt, const int nb, const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k, float *out,
-                 int64_t ldo, const float *begin, int64_t ldb) {
+#define OFFSET 192 /* of what a byte is read as: with the bits of 128 before it, it is a bfloat16 from 128 to 255 */
+
+/* out[m, 16 n ..] (+)= sum over k of x[m, k] w[n, k], for mt tokens and nb blocks of 16 rows of the weight; of one in
+   bytes, w is byte + 128 */
+INLINE void tile(const int mt, const int nb, const int bytes, const elem *x, int64_t ldx, const void *w, int64_t ldw,
+                 int64_t k, float *out, int64_t ldo, const float *begin, int64_t ldb) {
     vec sum[TILE][8]; /* of a constant size, so that it stays in registers */
 #pragma GCC unroll 9
     for (int m = 0; m < mt; m++)
 #pragma GCC unroll 8
         for (int n = 0; n < nb; n++) sum[m][n] = begin ? *(const vec *)(begin + m * ldb + n * LANES) : (vec){0};
     for (int64_t i = 0; i < k; i += PAIR) {
-        const elem *here = w + i * LANES;
+        const elem *here = (const elem *)w + i * LANES;
+        const uint8_t *byte = (const uint8_t *)w + i * LANES;
 #if defined(FLOAT32)
         vec weight[8];
 #pragma GCC unroll 8
-        for (int n = 0; n < nb; n++) weight[n] = *(const vec *)(here + n * ldw);
+        for (int n = 0; n < nb; n++)
+            if (bytes)
+                for (int l = 0; l < LANES; l++) weight[n][l] = 128 + byte[n * ldw + l];
+            else
+                weight[n] = *(const vec *)(here + n * ldw);
 #pragma GCC unroll 9
         for (int m = 0; m < mt; m++) {
             vec one = spread(x[m * ldx + i]);
@@ -148,7 +158,10 @@ INLINE void tile(const int mt, const int nb, const elem *x, int64_t ldx, const e
 #elif defined(__AVX512BF16__)
         __m512bh weight[8];
 #pragma GCC unroll 8
-        for (int n = 0; n < nb; n++) weight[n] = (__m512bh)_mm512_loadu_si512(here + n * ldw);
+        for (int n = 0; n < nb; n++)
+            weight[n] = bytes ? (__m512bh)_mm512_or_si512(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(byte + n * ldw))),
+                                                          _mm512_set1_epi16(0x4300))
+                              : (__m512bh)_mm512_loadu_si512(here + n * ldw);
 #pragma GCC unroll 9
         for (int m = 0; m < mt; m++) {
             int32_t both;
@@ -160,7 +173,12 @@ INLINE void tile(const int mt, const int nb, const elem *x, int64_t ldx, const e
 #else
         bits weight[8];
 #pragma GCC unroll 8
-        for (int n = 0; n < nb; n++) weight[n] = *(const bits *)(here + n * ldw);
+        for (int n = 0; n < nb; n++)
+            if (bytes)
+                for (int l = 0; l < LANES; l++)
+                    weight[n][l] = (0x4300u | byte[n * ldw + 2 * l]) | (0x4300u | byte[n * ldw + 2 * l + 1]) << 16;
+            else
+                weight[n] = *(const bits *)(here + n * ldw);
 #pragma GCC unroll 9
         for (int m = 0; m < mt; m++) {
             vec first = spread(widen(x[m * ldx + i])), second = spread(widen(x[m * ldx + i + 1]));
@@ -181,31 +199,54 @@ INLINE void tile(const int mt, const int nb, const elem *x, int64_t ldx, const e
 /* As many blocks at once as there are registers for the sums of mt tokens. */
 INLINE int blocks_at_once(int mt) { return mt <= 2 ? 8 : mt <= 6 ? 4 : 2; }
 
-typedef void Tile(const elem *, int64_t, const elem *, int64_t, int64_t, float *, int64_t, const float *, int64_t);
-#define TILE_OF(M, N)                                                                                                       \
-    static void tile_##M##_##N(const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k, float *out, int64_t ldo, \
-                               const float *begin, int64_t ldb) {                                                          \
-        tile(M, N, x, ldx, w, ldw, k, out, ldo, begin, ldb);                                                               \
+typedef void Tile(const elem *, int64_t, const void *, int64_t, int64_t, float *, int64_t, const float *, int64_t);
+#define TILE_OF(M, N, BYTES)                                                                                    \
+    static void tile_##M##_##N##_##BYTES(const elem *x, int64_t ldx, const void *w, int64_t ldw, int64_t k,     \
+                                         float *out, int64_t ldo, const float *begin, int64_t ldb) {            \
+        tile(M, N, BYTES, x, ldx, w, ldw, k, out, ldo, begin, ldb);                                             \
     }
-#define TILES_2(M) TILE_OF(M, 1) TILE_OF(M, 2)
-#define TILES_4(M) TILES_2(M) TILE_OF(M, 4)
-#define TILES_8(M) TILES_4(M) TILE_OF(M, 8)
-TILES_8(1) TILES_8(2) TILES_4(3) TILES_4(4) TILES_4(5) TILES_4(6)
-TILES_2(7) TILES_2(8) TILES_2(9)
-#define ROW_2(M) {tile_##M##_1, tile_##M##_2, 0, 0}
-#define ROW_4(M) {tile_##M##_1, tile_##M##_2, tile_##M##_4, 0}
-#define ROW_8(M) {tile_##M##_1, tile_##M##_2, tile_##M##_4, tile_##M##_8}
-static Tile *const TILES[TILE][4] = {ROW_8(1), ROW_8(2), ROW_4(3), ROW_4(4), ROW_4(5),
-                                     ROW_4(6), ROW_2(7), ROW_2(8), ROW_2(9)};
+#define TILES_2(M, BYTES) TILE_OF(M, 1, BYTES) TILE_OF(M, 2, BYTES)
+#define TILES_4(M, BYTES) TILES_2(M, BYTES) TILE_OF(M, 4, BYTES)
+#define TILES_8(M, BYTES) TILES_4(M, BYTES) TILE_OF(M, 8, BYTES)
+#define ALL_TILES(BYTES)                                                                                        \
+    TILES_8(1, BYTES) TILES_8(2, BYTES) TILES_4(3, BYTES) TILES_4(4, BYTES) TILES_4(5, BYTES) TILES_4(6, BYTES) \
+    TILES_2(7, BYTES) TILES_2(8, BYTES) TILES_2(9, BYTES)
+ALL_TILES(0) ALL_TILES(1)
+#define ROW_2(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, 0, 0}
+#define ROW_4(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, tile_##M##_4_##BYTES, 0}
+#define ROW_8(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, tile_##M##_4_##BYTES, tile_##M##_8_##BYTES}
+#define ROWS(BYTES)                                                                                             \
+    {ROW_8(1, BYTES), ROW_8(2, BYTES), ROW_4(3, BYTES), ROW_4(4, BYTES), ROW_4(5, BYTES),                       \
+     ROW_4(6, BYTES), ROW_2(7, BYTES), ROW_2(8, BYTES), ROW_2(9, BYTES)}
+static Tile *const TILES[2][TILE][4] = {ROWS(0), ROWS(1)};
 
 /* mt <= TILE tokens and any number of blocks; a token's sums do not depend on how the blocks are taken together. */
-static void strip(int mt, int64_t blocks, const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k, float *out,
-                  int64_t ldo, const float *begin, int64_t ldb) {
+static void strip(int bytes, int mt, int64_t blocks, const elem *x, int64_t ldx, const void *w, int64_t ldw, int64_t k,
+                  float *out, int64_t ldo, const float *begin, int64_t ldb) {
+    int64_t row = ldw * (bytes ? 1 : sizeof(elem));
     for (int64_t n = 0; n < blocks;) {
         int size = blocks_at_once(mt), place = size == 8 ? 3 : size == 4 ? 2 : 1;
         while (size > blocks - n) size /= 2, place--;
-        TILES[mt - 1][place](x, ldx, w + n * ldw, ldw, k, out + n * LANES, ldo, begin ? begin + n * LANES : 0, ldb);
+        TILES[bytes][mt - 1][place](x, ldx, (const char *)w + n * row, ldw, k, out + n * LANES, ldo,
+                                    begin ? begin + n * LANES : 0, ldb);
         n += size;
+    }
+}
+
+/* As `strip` and what follows it, for a weight in bytes: the rows from n on, for mt tokens. */
+static void bytes_strip(const Linear *by, int64_t n, int64_t count, int mt, const elem *x, int64_t ldx, float *out,
+                        int64_t ldo, int add) {
+    float sums[TILE][8 * LANES];
+    strip(1, mt, count, x, ldx, (const uint8_t *)by->weight + n * by->k * LANES, by->k * LANES, by->k, sums[0], 8 * LANES, 0, 0);
+    for (int m = 0; m < mt; m++) {
+        float total = 0;
+        for (int64_t i = 0; i < by->k; i++) total += widen(x[m * ldx + i]);
+        for (int64_t j = 0; j < count; j++) {
+            vec *to = (vec *)(out + m * ldo + j * LANES);
+            vec found = (((const vec *)sums[m])[j] - OFFSET * total) * ((const vec *)by->scale)[n + j];
+            if (by->bias) found += ((const vec *)by->bias)[n + j];
+            *to = add ? *to + found : found;
+        }
     }
 }
 
@@ -218,6 +259,9 @@ static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx,
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < strips; s++) {
         int64_t n = s * at_once, count = blocks - n < at_once ? blocks - n : at_once;
+        for (int64_t m = 0; by->scale && m < tokens; m += height)
+            bytes_strip(by, n, count, tokens - m < height ? tokens - m : height, x + m * ldx, ldx, out + m * ldo + n * LANES, ldo, add);
+        if (by->scale) continue;
         for (int64_t i = 0; i < by->k; i += chunk) {
             int64_t length = by->k - i < chunk ? by->k - i : chunk;
             for (int64_t m = 0; m < tokens; m += height) {
@@ -226,7 +270,7 @@ static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx,
                 for (int64_t j = 0; add && by->bias && !i && j < mt * count; j++)
                     *(vec *)(here + j / count * ldo + j % count * LANES) += *(const vec *)(by->bias + (n + j % count) * LANES);
                 const float *begin = i || add ? here : by->bias ? by->bias + n * LANES : 0;
-                strip(mt, count, x + m * ldx + i, ldx, by->weight + n * ldw + i * LANES, ldw, length, here, ldo, begin,
+                strip(0, mt, count, x + m * ldx + i, ldx, (const elem *)by->weight + n * ldw + i * LANES, ldw, length, here, ldo, begin,
                       i || add ? ldo : 0);
             }
         }
@@ -278,7 +322,7 @@ static void norm(const Pass *pass, const Model *model, const float *weight) {
 
 INLINE elem *block_of(const Pass *pass, const Model *model, int64_t row, int64_t block, int64_t layer, int64_t group) {
     elem *begin = (elem *)(uintptr_t)pass->blocks[row * pass->block_stride + block];
-    return begin + (layer * model->groups + group) * 2 * BLOCK * pad(model->head_dim);
+    return begin + (model->layer[layer].number * model->groups + group) * 2 * BLOCK * pad(model->head_dim);
 }
 
 /* One head of a query or key: normed where the model does that, turned by its position, scaled. */
@@ -368,7 +412,7 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
     int64_t place[QUERIES], last[QUERIES], blocks = 0;
     for (int m = 0; m < mt; m++) {
         place[m] = pass->row_begins[row] + (begin + m) / share;
-        last[m] = pass->places[place[m]];
+        last[m] = pass->seen ? pass->bases[row] + 63 - __builtin_clzll(pass->seen[place[m]]) : pass->places[place[m]];
         const float *query = pass->wide + place[m] * pass->ld_wide + (group * share + (begin + m) % share) * size;
         memset(queries[m], 0, sizeof queries[m]);
         memset(mixed[m], 0, sizeof mixed[m]);
@@ -378,14 +422,14 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
     }
     for (int64_t b = 0; b < blocks; b++) {
         const elem *keys = block_of(pass, model, row, b, number, group), *values = keys + BLOCK * padded;
-        strip(mt, BLOCK / LANES, queries[0], padded, keys, padded * LANES, padded, scores[0], BLOCK, 0, 0);
+        strip(0, mt, BLOCK / LANES, queries[0], padded, keys, padded * LANES, padded, scores[0], BLOCK, 0, 0);
         for (int m = 0; m < mt; m++) {
             if (last[m] < b * BLOCK)
                 memset(p[m], 0, sizeof p[m]);
             else
                 soften(scores[m], visible(pass, row, place[m], b), p[m], &largest[m], &sum[m], mixed[m], padded);
         }
-        strip(mt, padded / LANES, p[0], BLOCK, values, BLOCK * LANES, BLOCK, mixed[0], padded, mixed[0], padded);
+        strip(0, mt, padded / LANES, p[0], BLOCK, values, BLOCK * LANES, BLOCK, mixed[0], padded, mixed[0], padded);
     }
     for (int m = 0; m < mt; m++) {
         elem *out = pass->h + place[m] * pass->ld_h + (group * share + (begin + m) % share) * size;

@@ -5,35 +5,23 @@ Where there is no C compiler, or a model's dtype is neither bfloat16 nor float32
 
 from __future__ import annotations
 
+import copy
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specdec.errors import FallbackWarning
-from specdec.machine import cache_directory, instructions, processor
+from specdec.nn.compiled import compiled
 from specdec.nn.gpt import GPT, head_size
 from specdec.nn.packed import PackedLinear, can_pack
 
+PRODUCTS = ("qkv", "o", "gate_up", "down")  # of a block, in the order in which they run
 LANES = 16  # rows of a weight that lie side by side; see cpu.c
-SOURCE = Path(__file__).with_name("cpu.c")
-# NaN must stay NaN, so no -ffast-math. Sums of a product and what is added are fused everywhere or nowhere.
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-VARIANTS = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
-
 EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL, NOTE = range(7)  # the stages of cpu.c
 TRIED_TOKENS = (8, 16, 32, 64, 128)  # of passes that oneDNN is tried with
 WORTH_A_THREAD = 2**21  # multiplications, some tens of microseconds
@@ -44,7 +32,7 @@ CLEARLY_FASTER = 1.25  # how much faster oneDNN must be to be worth a second cop
 class Linear(Structure):
     """A packed weight; see ``pack``."""
 
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64)]
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64), ("scale", c_void_p)]
 
 
 class Layer(Structure):
@@ -52,7 +40,8 @@ class Layer(Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
-        *((name, Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, Linear) for name in PRODUCTS),
+        ("number", c_int64),
     ]
 
 
@@ -91,36 +80,10 @@ class Pass(Structure):
 @cache
 def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled functions for models of ``dtype``; None where there are none. Compiling takes seconds, once."""
-    if dtype not in VARIANTS or not SOURCE.is_file():
-        return None
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return None
-    command = [*compiler.split(), *FLAGS, *VARIANTS[dtype]]
-    described = [*command, processor(), instructions(), platform.platform(), SOURCE.read_text(encoding="utf-8")]
-    name = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
-    library = cache_directory() / "kernels" / f"{name}.so"
-    try:
-        if not library.is_file():
-            _compile(command, library)
-        found = ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or error
-        warnings.warn(
-            f"decoding on CPU is slower: {compiler} cannot compile it ({said})", FallbackWarning, stacklevel=2
-        )
-        return None
-    found.readable.restype = c_int64
+    found = compiled("cpu.c", dtype=dtype, purpose="decoding")
+    if found is not None:
+        found.readable.restype = c_int64
     return found
-
-
-def _compile(command: list[str], library: Path) -> None:
-    """The library appears whole or not at all, whoever else makes it at the same time."""
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
-        subprocess.run([*command, "-o", str(made), str(SOURCE), "-lm"], check=True, capture_output=True, text=True)
-        os.replace(made, library)
 
 
 def pad(size: int, to: int = LANES) -> int:
@@ -162,6 +125,8 @@ class CpuModel:
                 setattr(ours, name, None if norm is None else self._floats(norm.weight))
             ours.qkv, ours.o = self._linear(attention.qkv_proj), self._linear(attention.o_proj)
             ours.gate_up, ours.down = self._linear(mlp.gate_up_proj), self._linear(mlp.down_proj)
+        for number, ours in enumerate(self.layers):
+            ours.number = number
         self.hidden, self.vocab_size = config.hidden_size, config.vocab_size
         self.heads, self.groups, self.head_dim = (
             config.num_attention_heads, config.num_key_value_heads, head_size(config)
@@ -173,12 +138,39 @@ class CpuModel:
             config.num_hidden_layers, self.hidden, self.heads, self.groups, self.head_dim, self.inner,
             config.rms_norm_eps, embedding, self.vocab_size, self._floats(model.norm.weight), self.head, self.layers,
         )  # fmt: skip
-        self.reference = ctypes.byref(self.struct)
-        self.multiplications = sum(
-            x.n * x.k for layer in self.layers for x in (layer.qkv, layer.o, layer.gate_up, layer.down)
-        )
+        self._count()
         self.widest_input = max(pad(self.hidden), pad(self.heads * self.head_dim), pad(self.inner))
         self.widest_output = max(self.layers[0].qkv.n, self.layers[0].gate_up.n + LANES)
+
+    def view(self, layers: Sequence[int], *, in_bytes: bool = False) -> CpuModel:
+        """The same model with these of its layers, and with products in bytes if so asked; all else is shared."""
+        view = copy.copy(self)
+        view._kept = [*self._kept]
+        view.layers = (Layer * len(layers))(*(self.layers[layer] for layer in layers))
+        if in_bytes:
+            packed = {tensor.data_ptr(): tensor for tensor in self._kept}
+            for layer in view.layers:
+                for name in PRODUCTS:
+                    setattr(layer, name, view._in_bytes(getattr(layer, name), packed))
+            view.head = view._in_bytes(self.head, packed)
+        own = {name: getattr(self.struct, name) for name, _ in Model._fields_}
+        view.struct = Model(**{**own, "layers": len(layers), "head": view.head, "layer": view.layers})
+        view._count()
+        return view
+
+    def _count(self) -> None:
+        self.reference = ctypes.byref(self.struct)
+        self.multiplications = sum(
+            linear.n * linear.k for layer in self.layers for linear in (getattr(layer, name) for name in PRODUCTS)
+        )
+
+    def _in_bytes(self, linear: Linear, packed: dict[int, Tensor]) -> Linear:
+        """The weight rounded to 127 steps per row, half the size of bfloat16."""
+        weight = packed[linear.weight].float()  # [N / 16, K / pair, 16, pair]
+        scale = weight.abs().amax(dim=(1, 3)).clamp(min=torch.finfo(torch.float32).tiny) / 63
+        steps = (weight / scale[:, None, :, None]).round().clamp(-63, 63) + 64
+        kept = self._keep(steps.to(torch.uint8).contiguous()), self._keep(scale.flatten())
+        return Linear(kept[0], linear.bias, linear.n, linear.k, kept[1])
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
