@@ -1,7 +1,9 @@
 """specdec makes text generation faster without changing the text: speculative decoding, batched and lossless."""
 
 from specdec import plugin
+from specdec.check import CheckReport, check
 from specdec.draft import Draft, Drafter
+from specdec.drafting import register_drafter
 from specdec.engine import Engine, Output, Piece
 from specdec.errors import (
     CheckpointError,
@@ -20,6 +22,7 @@ from specdec.stats import Stats
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckReport",
     "CheckpointError",
     "ConfigError",
     "Draft",
@@ -35,7 +38,9 @@ __all__ = [
     "Stats",
     "VocabularyError",
     "__version__",
+    "check",
     "generate",
     "load",
     "plugin",
+    "register_drafter",
 ]

@@ -1,7 +1,8 @@
-"""The command line: ``specdec demo | generate | bench | tune | train | distill``."""
+"""The command line: ``specdec demo | generate | check | bench | tune | train | distill``."""
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,8 +34,8 @@ Target = Annotated[str, typer.Argument(help="Directory or hub id of the target m
 Draft = Annotated[
     list[str] | None,
     typer.Option(
-        help="Directory or hub id of a draft model, or 'ngram' (prompt lookup: no model needed); "
-        "given both, the lookup where the text repeats itself, the model elsewhere. "
+        help="Directory or hub id of a draft model, or 'suffix' (what the text repeats: no model needed, the default); "
+        "given both, suffix where the text repeats itself, the model elsewhere. "
         "'tuned' or a .json file: what specdec tune found best."
     ),
 ]
@@ -49,11 +50,17 @@ NumDraftTokens = Annotated[
     ),
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Text = Annotated[str, typer.Option(help="'stdlib', or a text file or folder like what you will generate.")]
+OnPolicy = Annotated[float, typer.Option(help="Share of the budget spent on text that the target writes.")]
+DraftVocabulary = Annotated[
+    int, typer.Option(help="Guess only so many of the text's most frequent tokens, for large vocabularies; 0: all.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew instead of going on from what is there.")]
 Compared = Annotated[
     list[str] | None,
     typer.Option(
         "--draft",
-        help="Directory or hub id of a draft model; repeatable. Prompt lookup is always compared, "
+        help="Directory or hub id of a draft model; repeatable. 'suffix' is always compared, "
         "alone and with every model.",
     ),
 ]
@@ -103,9 +110,11 @@ def _draft_length(given: str | None) -> dict[str, Any]:
     return {"num_draft_tokens": int(given) if given.lstrip("-").isdecimal() else given}
 
 
-def _drafters(names: list[str] | None) -> str | list[str] | None:
+def _drafters(names: list[str] | None) -> str | list[str]:
     """What ``load`` takes for the drafters that were named."""
-    return names[0] if names and len(names) == 1 else names or None
+    from specdec.drafting import DEFAULT
+
+    return names[0] if names and len(names) == 1 else names or DEFAULT
 
 
 @app.command()
@@ -136,7 +145,7 @@ def generate(
 ) -> None:
     """Continue a prompt. One prompt streams as it is written; several print in order when done.
 
-    Example: specdec generate ./target --draft ./draft --draft ngram --prompt "def main(" --stats
+    Example: specdec generate ./target --draft ./draft --draft suffix --prompt "def main(" --stats
     """
     from specdec.load import load
 
@@ -221,6 +230,37 @@ def bench(
 
 
 @app.command()
+def check(
+    model: Target,
+    draft: Draft = None,
+    prompt_file: PromptFile = None,
+    prompts: Prompts = 8,
+    num_draft_tokens: Annotated[int, typer.Option(help="Tokens drafted per step.")] = 4,
+    max_new_tokens: MaxNewTokens = 64,
+    samples: Annotated[int, typer.Option(help="Samples of every tested law.")] = 2000,
+    out: Annotated[Path | None, typer.Option(help="JSON file for what was found.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Check that a drafter changes no text; exit code 1 if it does, or if the tests notice no planted error.
+
+    Example: specdec check ./target --draft ./draft
+    """
+    from specdec.check import check as run
+    from specdec.load import load
+
+    engine = load(model, draft=_drafters(draft), dtype=dtype, device=device)
+    texts = None if prompt_file is None else _bench_prompts(engine.tokenizer, prompt_file, prompts)
+    report = run(
+        engine, prompts=texts, num_draft_tokens=num_draft_tokens, max_new_tokens=max_new_tokens, samples=samples
+    )
+    Console().print(report.table(f"{Path(model).name}: is the text unchanged?"))
+    if out is not None:
+        out.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    raise typer.Exit(code=0 if report.passed else 1)
+
+
+@app.command()
 def tune(
     model: Target,
     draft: Compared = None,
@@ -261,42 +301,60 @@ def tune(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A TOML recipe; see models/ for examples.", metavar="RECIPE.toml")],
-    out: Annotated[
-        Path | None, typer.Option(help="Output directory. Default: next to the recipe, by its name.")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of resuming from a checkpoint.")] = False,
+    recipe: Annotated[str, typer.Argument(help="A TOML recipe; a model with --drafter.", metavar="RECIPE.toml|MODEL")],
+    out: Annotated[Path | None, typer.Option(help="Output directory. Default: next to the recipe.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="eagle3 or block: what drafts from its hidden states.")] = None,
+    seconds: Annotated[float, typer.Option(help="Stop after this long; 0 is no limit.")] = 600.0,
+    tokens: Annotated[int, typer.Option(help="Stop after so many tokens; 0 is no limit.")] = 0,
+    data: Text = "stdlib",
+    on_policy: OnPolicy = 0.0,
+    draft_vocab_size: DraftVocabulary = 0,
+    fresh: Fresh = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train a target and its draft together; Ctrl-C saves a checkpoint and the same command goes on from it.
 
     Example: specdec train models/tiny.toml
 
     On several GPUs: accelerate launch -m specdec train models/stdlib-large.toml
-    """
-    from specdec.load import accepted_length
-    from specdec.training.recipe import load_recipe
-    from specdec.training.trainer import train as run
 
-    run(load_recipe(recipe), out or recipe.with_suffix(""), resume=not fresh, decode=accepted_length)
+    With --drafter, train a head for a model that exists; the best one so far is kept in OUT, for --draft:
+    specdec train ./target --drafter eagle3 --out ./head
+    """
+    if drafter is None:
+        from specdec.load import accepted_length
+        from specdec.training.recipe import load_recipe
+        from specdec.training.trainer import train as run
+
+        run(load_recipe(Path(recipe)), out or Path(recipe).with_suffix(""), resume=not fresh, decode=accepted_length)
+        return
+    from specdec.heads import train_checkpoint
+    from specdec.training.head_trainer import HeadSettings
+
+    settings = HeadSettings(max_seconds=seconds, max_tokens=tokens, on_policy=on_policy)
+    report = train_checkpoint(
+        recipe, drafter, out, data, settings, draft_vocab_size=draft_vocab_size, dtype=dtype, device=device, fresh=fresh
+    )
+    Console().print(report.table(f"{out}"))
 
 
 @app.command()
 def distill(
     target: Target,
     out: Annotated[Path, typer.Option(help="Directory for the draft; --draft of generate and bench takes it.")],
-    draft_shape: Annotated[str, typer.Option(help="wide, small or tiny; wide begins as some layers of the target.")] = (
+    draft_shape: Annotated[str, typer.Option(help="wide, small, tiny or lstm; wide begins as some layers of the target.")] = (
         "small"
     ),
-    data: Annotated[
-        str, typer.Option(help="'stdlib', or a text file or folder like what you will generate.")
-    ] = "stdlib",
+    data: Text = "stdlib",
     loss: Annotated[
         str, typer.Option(help="lk_hybrid, lk, tv, forward_kl, reverse_kl, or cross_entropy (no teacher).")
     ] = "lk_hybrid",
-    on_policy: Annotated[float, typer.Option(help="Share of the budget spent on text that the target writes.")] = 0.5,
+    on_policy: OnPolicy = 0.5,
     max_seconds: Annotated[float, typer.Option(help="Stop after this long; 0 is no limit.")] = 600.0,
     max_tokens: Annotated[int, typer.Option(help="Stop after learning from so many tokens; 0 is no limit.")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of resuming from a checkpoint.")] = False,
+    draft_vocab_size: DraftVocabulary = 0,
+    fresh: Fresh = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -310,8 +368,9 @@ def distill(
     from specdec.training.distill_recipe import DistillSettings
 
     settings = DistillSettings(
-        shape=draft_shape, loss=loss, on_policy=on_policy, max_seconds=max_seconds, max_tokens=max_tokens
-    )
+        shape=draft_shape, loss=loss, on_policy=on_policy, max_seconds=max_seconds, max_tokens=max_tokens,
+        draft_vocab_size=draft_vocab_size,
+    )  # fmt: skip
     report = distill_checkpoint(target, out, data, settings, dtype=dtype, device=device, resume=not fresh)
     table = Table("tokens", "accepted length, greedy", "T=1", "acceptance", title=f"{out}")
     for i, e in enumerate(report.evaluations):

@@ -21,21 +21,25 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from specdec.checkpoints import load_lm, load_model
 from specdec.drafters.model import ModelDrafter
+from specdec.drafters.tokenmap import TokenMap, most_frequent
+from specdec.drafters.vocabularies import mapped_drafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError, ModelError
 from specdec.lm.base import CachedLM
 from specdec.lm.native import native_lm
-from specdec.load import load_lm, load_model
+from specdec.nn.divergences import DIVERGENCES
 from specdec.nn.gpt import GPT
 from specdec.training import checkpoint as files
 from specdec.training import data
 from specdec.training.cards import draft_card
 from specdec.training.distill_recipe import REPORT, DistillReport, DistillSettings, Evaluation, read_report
 from specdec.training.interrupt import Interrupt
-from specdec.training.losses import DIVERGENCES, Teacher, acceptance, distillation_loss, length_weights
+from specdec.training.losses import Teacher, acceptance, distillation_loss, length_weights
 from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
-from specdec.training.shapes import draft_config, initialise
+from specdec.training.own_text import own_text
+from specdec.training.shapes import initialise, new_draft
 
 
 def distill_checkpoint(
@@ -118,11 +122,14 @@ class Distillation:
         self.target_lm: CachedLM = load_lm(target)
         self.device = self.target_lm.device
         torch.manual_seed(settings.seed)
-        config = draft_config(target.config, settings.shape, self.target_lm.vocab_size, tokenizer.eos_token_id)
-        self.draft = GPT(config).to(self.device)
-        initialised = initialise(self.draft, target)
-        self.optimizer = MasterAdamW(self.draft.train(), fast_dtype(self.device), weight_decay=0.01)
         self.training = self._encode(corpus.training)
+        vocab_size, end = self.target_lm.vocab_size, tokenizer.eos_token_id
+        self.token_map = self._trimmed(vocab_size, end)
+        if self.token_map is not None:
+            vocab_size, end = len(self.token_map.to_target), None if end is None else self.token_map.lists[1][end]
+        self.draft = new_draft(target.config, settings.shape, vocab_size, end).to(self.device)
+        initialised = initialise(self.draft, target, None if self.token_map is None else self.token_map.to_target)
+        self.optimizer = MasterAdamW(self.draft.train(), fast_dtype(self.device), weight_decay=0.01)
         self.held_out = self._encode(corpus.held_out)
         count, length = settings.evaluation_prompts, settings.prompt_tokens
         self.prompts = data.held_out_prompts(tokenizer, corpus, count=count, tokens=length)
@@ -137,6 +144,20 @@ class Distillation:
         if len(tokens) <= least:
             raise ConfigError(f"the text is too short: {len(tokens)} tokens, more than {least} are needed; add text")
         return tokens
+
+    def _trimmed(self, vocab_size: int, end: int | None) -> TokenMap | None:
+        """The vocabulary of a draft that has only the most frequent tokens of the training text."""
+        size = self.settings.draft_vocab_size
+        if not size:
+            return None
+        if size >= vocab_size:
+            raise ConfigError(f"draft_vocab_size must be below the target's {vocab_size}, got {size}; 0 keeps them all")
+        chosen = most_frequent(self.training, size, [] if end is None else [end])
+        return TokenMap.of(chosen, vocab_size).to(self.device)
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        """The target's ids as the draft's."""
+        return tokens if self.token_map is None else self.token_map.to_draft[tokens]
 
     @property
     def progress(self) -> float:
@@ -184,26 +205,22 @@ class Distillation:
         settings = self.settings
         count, length = settings.prompts_per_round, settings.prompt_tokens
         prompts = data.batch(self.training, rows=count, length=length - 1, seed=settings.seed + 1, step=self.step)
-        output = self.engine().generate(
-            prompts.tolist(),
-            max_new_tokens=settings.new_tokens,
-            temperature=[i % 2 for i in range(count)],
-            num_draft_tokens=settings.draft_tokens,
-            eos_token_id=None,
-            seed=self.step,
+        return own_text(
+            self.engine(), prompts, new_tokens=settings.new_tokens, draft_tokens=settings.draft_tokens, seed=self.step
         )
-        texts = torch.cat([prompts, torch.tensor(output.token_ids)], dim=1)
-        return texts[torch.randperm(count, generator=torch.Generator().manual_seed(self.step))]
 
     def engine(self) -> Engine:
         """Target and the draft as it is now."""
-        return Engine(self.target_lm, ModelDrafter(native_lm(self.draft)))
+        lm = native_lm(self.draft)
+        return Engine(
+            self.target_lm, ModelDrafter(lm) if self.token_map is None else mapped_drafter(lm, self.token_map)
+        )
 
     def train_step(self, rows: Tensor, learned_from: int, progress: float) -> float:
         """One update on rows [B, T + 1], from position ``learned_from`` on; the loss. Raises ModelError, unchanged."""
         settings = self.settings
         tokens = rows.to(self.device)
-        hidden = self.draft(tokens[:, :-1])[:, learned_from:]
+        hidden = self.draft(self._own(tokens[:, :-1]))[:, learned_from:]
         loss = self._loss(hidden, tokens, learned_from)
         loss.backward()
         norm = self.optimizer.gather_gradients()
@@ -221,8 +238,9 @@ class Distillation:
     def _loss(self, hidden: Tensor, tokens: Tensor, learned_from: int) -> Tensor:
         flat, head = hidden.flatten(0, 1), self.draft.lm_head.weight
         if self.settings.loss == "cross_entropy":
-            labels = tokens[:, learned_from + 1 :].flatten()
-            return nn.functional.cross_entropy(nn.functional.linear(flat, head).float(), labels)
+            labels = self._own(tokens[:, learned_from + 1 :]).flatten()
+            unknown = -100 if self.token_map is None else len(head) - 1  # never to be proposed
+            return nn.functional.cross_entropy(nn.functional.linear(flat, head).float(), labels, ignore_index=unknown)
         teacher = self._teacher(tokens[:, :-1], learned_from)
         weights = torch.ones(len(flat), device=self.device)
         if self.settings.weigh_positions:
@@ -240,10 +258,12 @@ class Distillation:
         return Teacher(torch.cat([part.probs for part in parts]), ids)
 
     def _target_logits(self, tokens: Tensor) -> Tensor:
+        """In the draft's ids: where it has fewer, the target's law given that one of these follows."""
         if isinstance(self.target, GPT):
-            return self.target.lm_head(self.target(tokens))
-        logits: Tensor = self.target(input_ids=tokens, use_cache=False).logits
-        return logits
+            logits: Tensor = self.target.lm_head(self.target(tokens))
+        else:
+            logits = self.target(input_ids=tokens, use_cache=False).logits
+        return logits if self.token_map is None else self.token_map.gather(logits)
 
     def evaluate(self) -> Evaluation:
         """Measure the draft on held-out prompts and text; save it if it is the best so far."""
@@ -262,7 +282,9 @@ class Distillation:
         best = history[self.report.best]
         if len(history) == 1 or sum(lengths) > best.greedy_length + best.sampled_length:
             self.report.best = len(history) - 1
-            files.save_pretrained(self.optimizer.snapshot(), self.tokenizer, self.out, self._card(found))
+            files.save_pretrained(
+                self.optimizer.snapshot(), self.tokenizer, self.out, self._card(found), self.token_map
+            )
         patience = settings.patience
         self.report.stopped_early = bool(patience) and len(history) - 1 - self.report.best >= patience
         return found
@@ -272,7 +294,9 @@ class Distillation:
         length = self.settings.sequence_length
         found = [
             acceptance(
-                self.draft(row[None, :-1]).flatten(0, 1), self.draft.lm_head.weight, self._teacher(row[None, :-1], 0)
+                self.draft(self._own(row[None, :-1])).flatten(0, 1),
+                self.draft.lm_head.weight,
+                self._teacher(row[None, :-1], 0),
             )
             for row in data.windows(self.held_out, length=length, limit=8).to(self.device)
         ]
@@ -346,4 +370,5 @@ class Distillation:
             ("tokens per draft", str(settings.draft_tokens)),
         ]
         trained = f"{found.tokens:,} tokens of text in {found.seconds:,.0f} s, with the loss `{settings.loss}`{share}."
-        return draft_card(self.name, self.report.draft_parameters, trained, figures)
+        kind = "A Llama-style" if isinstance(self.draft, GPT) else "An LSTM"
+        return draft_card(self.name, kind, self.report.draft_parameters, trained, figures)

@@ -322,7 +322,7 @@ class Call:
 
     def _count(self, step: Step) -> None:
         self.stats.num_target_passes += 1
-        depths = step.depths or [None] * len(step.rows)
+        depths = step.depths or step.drafted
         for counts in zip(step.drafted, step.accepted, step.committed, depths, strict=True):
             self.stats.count_row(*counts)
 

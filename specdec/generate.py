@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from specdec.draft import Drafter
+from specdec.checkpoints import ModelLike
+from specdec.drafting import DEFAULT, DraftLike
 from specdec.engine import Output, Piece
-from specdec.load import ModelLike, load
+from specdec.load import load
 from specdec.requests import Prompts, Settings
 
 
@@ -18,20 +19,24 @@ def generate(
     model: ModelLike,
     prompts: Prompts,
     *,
-    draft: ModelLike | Drafter | None = None,
+    draft: DraftLike = DEFAULT,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    draft_tokenizer: PreTrainedTokenizerBase | None = None,
+    tree: bool = False,
     dtype: str = "auto",
     device: str = "auto",
     attention_mask: Tensor | None = None,
     on_piece: Callable[[Piece], None] | None = None,
     **settings: Any,
 ) -> Output:
-    """Generate text for every prompt, faster with a ``draft`` and never different for it.
+    """Generate text for every prompt, faster with a ``draft`` (None: plain decoding) and never different for it.
 
-    ``model``, ``draft``, ``tokenizer``, ``dtype`` and ``device`` are those of ``specdec.load``, the others those of
-    ``Engine.generate``; ``settings`` are the fields of ``specdec.Settings``. Use ``specdec.load`` to keep models
-    between calls.
+    ``model``, ``draft``, ``tokenizer``, ``draft_tokenizer``, ``tree``, ``dtype`` and ``device`` are those of
+    ``specdec.load``, the others those of ``Engine.generate``; ``settings`` are the fields of ``specdec.Settings``. Use
+    ``specdec.load`` to keep models between calls.
     """
     Settings.of(settings)  # what is wrong with the settings is said before a model is loaded
-    engine = load(model, draft=draft, tokenizer=tokenizer, dtype=dtype, device=device)
+    engine = load(
+        model, draft=draft, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer, tree=tree, dtype=dtype, device=device
+    )
     return engine.generate(prompts, attention_mask=attention_mask, on_piece=on_piece, **settings)

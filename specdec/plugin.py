@@ -25,15 +25,16 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from specdec.checkpoints import load_lm
 from specdec.control import AUTO
 from specdec.draft import Drafter
 from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
+from specdec.drafters.vocabularies import model_drafter
 from specdec.engine import Call, Engine
 from specdec.errors import ConfigError, PromptError
 from specdec.lm.base import CachedLM
-from specdec.load import check_same_vocabulary, costs_file, load_lm
+from specdec.load import costs_file
 from specdec.processors import Processing, split
 from specdec.requests import Settings
 from specdec.sampling import MAX_DRAFT_TOKENS, Filters
@@ -75,6 +76,7 @@ class Door:
         call_streamer: BaseStreamer | None = None,
         inputs_tensor: Tensor | None = None,
         draft: PreTrainedModel | Drafter | None = None,
+        draft_tokenizer: PreTrainedTokenizerBase | None = None,
         num_draft_tokens: int | str | None = None,
         rule: str = "coupled",
         seed: int | None = None,
@@ -82,7 +84,8 @@ class Door:
     ) -> Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
         """Generate for input_ids [B, T], left or right padded; see ``GenerationMixin.generate`` for what is returned.
 
-        The drafter is ``draft`` or ``assistant_model`` (a model with the same vocabulary), or prompt lookup (with
+        The drafter is ``draft`` or ``assistant_model`` (a model; with another vocabulary than the target's it takes
+        ``tokenizer`` and ``draft_tokenizer`` or ``assistant_tokenizer``), or suffix decoding (with
         ``prompt_lookup_num_tokens``, and when neither is given). ``draft`` is the way around transformers' own refusal
         of ``num_return_sequences`` with an assistant. ``seed`` of None draws one from torch's global generator, so that
         ``torch.manual_seed`` repeats a call. ``rule``: see ``specdec.Settings``.
@@ -94,7 +97,11 @@ class Door:
         _check(config, synced_gpus, input_ids, model_kwargs)
         target = load_lm(model)
         drafter = _drafter(
-            draft if draft is not None else assistant_model, config, target, tokenizer, assistant_tokenizer
+            draft if draft is not None else assistant_model,
+            config,
+            target,
+            tokenizer,
+            draft_tokenizer if draft_tokenizer is not None else assistant_tokenizer,
         )
         count = num_draft_tokens if num_draft_tokens is not None else _count(config, assistant_model)
         sources = _sources(model, input_ids, inputs_tensor, model_kwargs)
@@ -183,14 +190,13 @@ def _drafter(
     tokenizer: PreTrainedTokenizerBase | None,
     draft_tokenizer: PreTrainedTokenizerBase | None,
 ) -> Drafter:
-    lookup = NgramDrafter(max_ngram=config.max_matching_ngram_size or NgramDrafter().max_ngram)
     if draft is None:
-        return lookup
+        return SuffixDrafter()
     if isinstance(draft, torch.nn.Module):
         lm = load_lm(draft)
-        check_same_vocabulary(target, lm, tokenizer, draft_tokenizer, target.vocab_size)
-        draft = ModelDrafter(lm)
-    return HybridDrafter(draft, lookup) if config.prompt_lookup_num_tokens is not None else draft
+        folder = getattr(draft, "name_or_path", "")
+        draft = model_drafter(lm, target, tokenizer, draft_tokenizer, target.vocab_size, folder)
+    return HybridDrafter(draft, SuffixDrafter()) if config.prompt_lookup_num_tokens is not None else draft
 
 
 def _count(config: GenerationConfig, assistant: PreTrainedModel | None) -> int | str:

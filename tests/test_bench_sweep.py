@@ -13,7 +13,7 @@ from specdec import Stats, sweep
 from specdec.bench import Method, Run
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import ConfigError, PeerError
 from specdec.sweep import Way, engines, lengths_of, measure, own_ways
 
@@ -38,12 +38,12 @@ def test_other_lengths_are_refused(given: str) -> None:
 
 def test_every_drafter_is_there_alone_and_with_the_lookup(tiny_pair: Path) -> None:
     draft = str(tiny_pair / "draft")
-    plain, drafting = engines(str(tiny_pair / "target"), [draft, "ngram", draft])
+    plain, drafting = engines(str(tiny_pair / "target"), [draft, "suffix", draft])
     kinds = {name: (one.draft, type(one.engine.drafter)) for name, one in drafting.items()}
     assert kinds == {
         "draft": ((draft,), ModelDrafter),
-        "draft + lookup": ((draft, "ngram"), HybridDrafter),
-        "lookup": (("ngram",), NgramDrafter),
+        "draft + lookup": ((draft, "suffix"), HybridDrafter),
+        "lookup": (("suffix",), SuffixDrafter),
     }
     assert all(one.engine.target is plain.target for one in drafting.values()) and plain.drafter is None
     assert sweep.first_model(drafting) == draft and sweep.first_model({"lookup": drafting["lookup"]}) is None

@@ -30,7 +30,7 @@ def test_version_is_the_packages() -> None:
 
 def test_generate_with_a_draft_prints_what_plain_decoding_prints(tiny_pair: Path) -> None:
     command = ["generate", str(tiny_pair / "target"), "--prompt", "def main(", "--max-new-tokens", "24"]
-    plain = runner.invoke(app, command)
+    plain = runner.invoke(app, [*command, "--num-draft-tokens", "0"])
     fast = runner.invoke(app, [*command, "--draft", str(tiny_pair / "draft"), "--stats"])
     assert plain.exit_code == fast.exit_code == 0, fast.output
     assert plain.stdout.strip() and fast.stdout == plain.stdout
@@ -41,7 +41,7 @@ def test_several_prompts_print_in_order(tiny_pair: Path, tmp_path: Path) -> None
     file = tmp_path / "prompt.txt"
     file.write_text("import os\n")
     target = str(tiny_pair / "target")
-    options = ["--prompt", "class A:", "--prompt-file", str(file), "--draft", "ngram", "--max-new-tokens", "4"]
+    options = ["--prompt", "class A:", "--prompt-file", str(file), "--draft", "suffix", "--max-new-tokens", "4"]
     result = runner.invoke(app, ["generate", target, *options])
     assert result.exit_code == 0, result.output
     assert result.stdout.index("--- 0 (") < result.stdout.index("--- 1 (")
@@ -92,7 +92,7 @@ def test_what_tune_writes_is_what_generate_reads(tiny_pair: Path, tmp_path: Path
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     tuned = read_tuned(file)
-    assert set(tuned.draft) <= {draft, "ngram"} and [c.greedy for c in tuned.choices] in ([True, False], [])
+    assert set(tuned.draft) <= {draft, "suffix"} and [c.greedy for c in tuned.choices] in ([True, False], [])
     write_tuned = Tuned((draft,), (Choice(1, True, 2, 1.5),), tuned.target, (fingerprint(tiny_pair / "draft"),))
     write_tuned.write(file)
     command = ["generate", target, "--prompt", "def main(", "--max-new-tokens", "12", "--draft", str(file), "--stats"]

@@ -28,7 +28,7 @@ def test_demo_trains_decodes_checks_and_draws(monkeypatch: pytest.MonkeyPatch, t
     assert "Training" in first.getvalue() and "Trained pair found" in second.getvalue()
     for printed in (first.getvalue(), second.getvalue()):
         assert "24 of 24 speculative greedy texts identical to plain decoding" in printed
-        assert "HF generate" in printed and "prompt lookup" in printed
+        assert "HF generate" in printed and "suffix" in printed
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -22,11 +23,11 @@ from transformers import (
 import specdec
 from specdec.distill import Distillation, distill
 from specdec.errors import ConfigError, ModelError
+from specdec.nn.divergences import DIVERGENCES
 from specdec.nn.gpt import GPT
 from specdec.training.checkpoint import load_checkpoint
 from specdec.training.data import Corpus, batch, encode, gather
 from specdec.training.distill_recipe import DistillSettings
-from specdec.training.losses import DIVERGENCES
 from specdec.training.shapes import draft_config, initialise
 
 TINY = {"rows": 4, "sequence_length": 64, "prompt_tokens": 16, "new_tokens": 32, "prompts_per_round": 8}
@@ -138,6 +139,29 @@ def test_what_does_not_fit_is_left_to_chance(qwen: Qwen3ForCausalLM) -> None:
     for shape in ("wide", "small", "tiny"):
         config = draft_config(other.config, shape, 50, None)
         assert config.max_position_embeddings == 64 and GPT(config).config.vocab_size == 50
+
+
+@pytest.mark.parametrize("loss", ["lk_hybrid", "cross_entropy"])
+def test_a_draft_may_know_the_most_frequent_tokens_only(
+    loss: str, llama: Any, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, tmp_path: Path
+) -> None:
+    """The saved folder says which; the head and the embeddings are as small, and begin as the target's rows."""
+    changes = {"draft_vocab_size": 200, "shape": "wide", "loss": loss, "learning_rate": 5e-3}
+    report = distill(llama, tokenizer, corpus, tmp_path / "draft", settings(**changes), progress=False)
+    first, best = report.evaluations[0], report.evaluations[report.best]
+    assert report.best > 0 and best.greedy_length > 1.2 and best.greedy_length >= first.greedy_length
+    assert {"embed_tokens.weight", "lm_head.weight"} & set(report.initialised)
+    d2t = load_file(tmp_path / "draft/vocabulary.safetensors")["d2t"]
+    assert len(d2t) == 200 and d2t[-1] == -1 and tokenizer.eos_token_id in d2t
+    engine = specdec.load(llama, draft=tmp_path / "draft", tokenizer=tokenizer)
+    assert engine.drafter is not None and engine.drafter.lm.vocab_size == 200  # type: ignore[attr-defined]
+    plain = engine.generate([[5, 6, 7], [8]], max_new_tokens=30, num_draft_tokens=0)
+    output = engine.generate([[5, 6, 7], [8]], max_new_tokens=30, num_draft_tokens=3)
+    assert output.token_ids == plain.token_ids and output.stats.num_accepted_tokens > 0
+    with pytest.raises(ConfigError, match="draft_vocab_size must be below the target's"):
+        Distillation(llama, tokenizer, corpus, settings(draft_vocab_size=10**6), OUT)
+    with pytest.raises(ConfigError, match="draft_vocab_size must be 0 or >= 3, got 2"):
+        settings(draft_vocab_size=2)
 
 
 def test_it_stops_when_nothing_is_won(

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from specdec import ConfigError, Draft, Drafter, Engine, GenerationError, ModelError, Output
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.lm.base import CachedLM, window_start
 from specdec.lm.cpu import CpuLM
 from specdec.lm.native import NativeLM
@@ -48,7 +48,7 @@ def target() -> GPT:
 
 def make_drafter(name: str) -> Drafter:
     if name == "lookup":
-        return NgramDrafter()
+        return SuffixDrafter()
     models = {"self": target, "noisy": lambda: noisy(target(), 0.015), "unrelated": lambda: tiny_gpt(9, layers=1)}
     return ModelDrafter(native(models[name]()))
 
@@ -414,7 +414,7 @@ def poisoned_target() -> GPT:
 @pytest.mark.parametrize("k", [0, 4])
 def test_a_row_whose_target_breaks_fails_alone(k: int) -> None:
     # CASES 66
-    found = Engine(native(poisoned_target()), NgramDrafter())
+    found = Engine(native(poisoned_target()), SuffixDrafter())
     prompts = [[t for t in prompt if t != 60] or [1] for prompt in PROMPTS[:7]]
     settings = {"max_new_tokens": 30, "num_draft_tokens": k, "max_batch_size": 4, "logprobs": True}
     expected = found.generate(prompts, **settings)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from specdec import limit
+from specdec.checkpoints import load_lm
 from specdec.limit import Limit, read_bandwidth, weight_bytes
-from specdec.load import load_lm
 from toys import tiny_gpt
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -27,13 +28,14 @@ from transformers import (
 )
 
 import specdec
-from specdec import CheckpointError, ConfigError, ModelError, SpecDecError, VocabularyError
+from specdec import CheckpointError, ConfigError, ModelError, SpecDecError, VocabularyError, drafting
+from specdec.checkpoints import load_gpt
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
+from specdec.drafters.vocabularies import VocabularyDrafter
 from specdec.lm.cpu import CpuLM
 from specdec.lm.hf import HFLM
-from specdec.load import load_gpt
 from specdec.nn.gpt import GPT, state_to_hf
 from specdec.training.checkpoint import save_pretrained
 from toys import native, noisy, tiny_gpt
@@ -102,7 +104,7 @@ def refuse(kind: type[SpecDecError], pattern: str, target: Any, **settings: Any)
 def test_a_checkpoint_runs_as_the_model_it_was_saved_from(gpt: GPT, saved: Path) -> None:
     expected = specdec.Engine(native(gpt)).generate([[1, 2, 3]], max_new_tokens=20).token_ids
     for target in (saved, str(saved), gpt, native(gpt)):
-        for draft in (None, saved, str(saved), gpt, native(gpt), "ngram", NgramDrafter()):
+        for draft in (None, saved, str(saved), gpt, native(gpt), "suffix", SuffixDrafter()):
             found = specdec.load(target, draft=draft, device="cpu")
             assert isinstance(found.target, CpuLM) and found.target.dtype == torch.float32
             assert found.generate([[1, 2, 3]], max_new_tokens=20).token_ids == expected
@@ -218,7 +220,7 @@ def check_texts(engine: specdec.Engine, model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("family", OURS)
 def test_a_familys_checkpoint_runs_on_our_decoder(family: str, tmp_path: Path) -> None:
     model = save_theirs(OURS[family](), tmp_path)
-    for draft in (tmp_path, "ngram"):
+    for draft in (tmp_path, "suffix"):
         engine = specdec.load(tmp_path, draft=draft, device="cpu")
         assert type(engine.target) is type(specdec.load(tiny_gpt(), device="cpu").target)
         check_texts(engine, model)
@@ -228,7 +230,7 @@ def test_a_familys_checkpoint_runs_on_our_decoder(family: str, tmp_path: Path) -
 @pytest.mark.parametrize("family", WINDOWED)
 def test_a_window_smaller_than_the_context_is_left_to_transformers(family: str, tmp_path: Path) -> None:
     model = save_theirs(WINDOWED[family](), tmp_path)
-    engine = specdec.load(tmp_path, draft="ngram", device="cpu")
+    engine = specdec.load(tmp_path, draft="suffix", device="cpu")
     assert isinstance(engine.target, HFLM)
     check_texts(engine, model)
 
@@ -354,7 +356,7 @@ def test_huge_finite_weights_are_not_taken_for_infinite(gpt: GPT) -> None:
         ({"device": "tpu"}, "device must be 'auto', 'cpu' or 'cuda', got 'tpu'"),
         ({"device": "meta"}, "device must be 'auto', 'cpu' or 'cuda', got 'meta'"),
         ({"device": None}, "device must be 'auto'.*got None"),
-        ({"draft": 3}, "draft must be.*ngram.*got 3"),
+        ({"draft": 3}, "draft must be.*suffix.*got 3"),
         ({"draft": object()}, "draft must be.*got <object"),
         ({"draft": torch.nn.Linear(2, 2)}, "got Linear"),
     ],
@@ -381,15 +383,22 @@ def test_settings_are_refused_before_a_model_loads(tmp_path: Path) -> None:
 # --- Vocabularies
 
 
-def test_a_draft_with_other_strings_is_refused(gpt: GPT, saved: Path, tmp_path: Path) -> None:
-    # CASES 69, 70: the same size, two words exchanged
-    words = [*WORDS[:10], "w11", "w10", *WORDS[12:]]
-    draft = save(gpt, tmp_path / "draft", words)
-    refuse(
-        VocabularyError, "different vocabularies: token 'w10' is id 10 in the target's.*and 11 in", saved, draft=draft
-    )
-    draft = save(gpt, tmp_path / "fewer", WORDS[:60])
-    refuse(VocabularyError, r"token 'w60' is id 60 .*\(64 tokens\) and None .*\(60 tokens\)", saved, draft=draft)
+def test_a_draft_with_other_strings_is_not_taken_for_one_with_the_same(gpt: GPT, saved: Path, tmp_path: Path) -> None:
+    # CASES 69, 70: the same size, two words exchanged, in the tokenizer and in the weights
+    order = [*range(10), 11, 10, *range(12, VOCAB)]
+    mixed = copy.deepcopy(gpt)
+    for module in (mixed.embed_tokens, mixed.lm_head):
+        module.weight.copy_(module.weight[order])
+    draft = save(mixed, tmp_path / "draft", [WORDS[i] for i in order])
+    plain = specdec.load(saved).generate([[1, 10, 11]], max_new_tokens=40)
+    found = specdec.load(saved, draft=draft)
+    assert isinstance(found.drafter, VocabularyDrafter)
+    output = found.generate([[1, 10, 11]], max_new_tokens=40, num_draft_tokens=4)
+    assert output.token_ids == plain.token_ids and output.stats.acceptance_rate == 1
+    assert {10, 11} & set(output.token_ids[0])
+    fewer = specdec.load(saved, draft=save(gpt, tmp_path / "fewer", WORDS[:60]))
+    assert isinstance(fewer.drafter, VocabularyDrafter)
+    assert fewer.generate([[1, 10, 11]], max_new_tokens=40, num_draft_tokens=4).token_ids == plain.token_ids
 
 
 def test_a_draft_of_another_size_without_tokenizers_is_refused(gpt: GPT, saved: Path) -> None:
@@ -409,7 +418,7 @@ def test_padding_of_the_head_is_never_generated(ours: int, theirs: int, tmp_path
         model.lm_head.weight[60:] *= 30
     target, draft = (save(model, tmp_path / name, WORDS[:60]) for model, name in zip(models, "td", strict=True))
     prompts = [[i, i + 1] for i in range(8)]
-    plain = specdec.load(target).generate(prompts, max_new_tokens=40, logprobs=True)
+    plain = specdec.load(target, draft=None).generate(prompts, max_new_tokens=40, logprobs=True)
     found = specdec.load(target, draft=draft)
     assert found.limits.vocab_size == 60 and isinstance(found.drafter, ModelDrafter)
     for rule in ("block", "rejection", "coupled"):
@@ -421,18 +430,70 @@ def test_padding_of_the_head_is_never_generated(ours: int, theirs: int, tmp_path
         found.generate([[60]])
 
 
-def test_a_lookup_drafter_needs_no_vocabulary_check(saved: Path) -> None:
-    found = specdec.load(saved, draft="ngram")
-    assert isinstance(found.drafter, NgramDrafter)
-    assert specdec.load(saved, draft="ngram").drafter is not found.drafter
+def test_a_lookup_drafter_needs_no_vocabulary_check_and_is_the_default(saved: Path) -> None:
+    found = specdec.load(saved, draft="suffix")
+    assert isinstance(found.drafter, SuffixDrafter) and isinstance(specdec.load(saved).drafter, SuffixDrafter)
+    assert specdec.load(saved, draft="suffix").drafter is not found.drafter
+    assert specdec.load(saved, draft=None).drafter is None
+    assert specdec.generate(saved, [[1, 2, 1]], max_new_tokens=9).stats.num_draft_tokens > 0
+    assert specdec.generate(saved, [[1, 2, 1]], max_new_tokens=9, draft=None).stats.num_draft_tokens == 0
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    for name in ("NAMES", "KINDS"):
+        monkeypatch.setattr(drafting, name, dict(getattr(drafting, name)))
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_drafter_can_be_registered_by_a_name(gpt: GPT, saved: Path) -> None:
+    made = []
+    specdec.register_drafter("mine", lambda target: made.append(target) or SuffixDrafter(factor=2))
+    engines = [specdec.load(target, draft="mine") for target in (saved, gpt)]
+    assert made == [engine.target for engine in engines]
+    assert [engine.drafter.factor for engine in engines if isinstance(engine.drafter, SuffixDrafter)] == [2, 2]
+    assert isinstance(specdec.load(saved, draft=[saved, "mine"]).drafter, HybridDrafter)
+    specdec.register_drafter("mine", lambda target: SuffixDrafter(factor=3))  # a notebook's cell, run again
+    assert getattr(specdec.load(saved, draft="mine").drafter, "factor") == 3  # noqa: B009
+    for name in ("", "Mine", "a/b", ".x", 3, None, "é"):
+        with pytest.raises(ConfigError, match="name must be lower-case letters"):
+            specdec.register_drafter(name, SuffixDrafter)  # type: ignore[arg-type]
+    for name in ("suffix", "tuned"):
+        with pytest.raises(ConfigError, match=f"'{name}' is the name of specdec's own"):
+            specdec.register_drafter(name, lambda target: SuffixDrafter())
+    with pytest.raises(ConfigError, match="factory of 'other' must be callable.*got 3"):
+        specdec.register_drafter("other", 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("key", ["specdec_drafter", "speculators_model_type"])
+def test_a_folder_says_which_kind_of_drafter_it_holds(key: str, gpt: GPT, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({key: "new"}))
+    refuse(CheckpointError, "drafter of kind 'new'; known are", saved, draft=tmp_path)
+    asked = []
+    drafting.KINDS["new"] = lambda folder, target: asked.append((folder, target)) or SuffixDrafter()  # type: ignore[func-returns-value]
+    for target in (saved, gpt, native(gpt)):
+        engine = specdec.load(target, draft=str(tmp_path))
+        folder, given = asked.pop()
+        assert folder == tmp_path and given.lm is engine.target and given.vocab_size == VOCAB
+        assert isinstance(given.model, GPT) is (target is not engine.target)
+    for damaged in ("{", "[]"):
+        (tmp_path / "config.json").write_text(damaged)
+        refuse(CheckpointError, "config.json cannot be read", saved, draft=tmp_path)
+
+
+def test_a_name_that_is_not_known_is_refused_with_those_that_are(saved: Path) -> None:
+    refuse(CheckpointError, "(?s)'sufix' is neither.*Drafters that go by a name: .*suffix", saved, draft="sufix")
+    refuse(CheckpointError, "(?s)'ngram' is neither.*Drafters that go by a name: .*suffix", saved, draft="ngram")
 
 
 def test_a_model_and_a_lookup_make_a_hybrid(saved: Path) -> None:
-    for draft in (["ngram", saved], (str(saved), NgramDrafter())):
+    for draft in (["suffix", saved], (str(saved), SuffixDrafter())):
         found = specdec.load(saved, draft=draft)
         assert isinstance(found.drafter, HybridDrafter) and isinstance(found.drafter.model, ModelDrafter)
-    for wrong in ([], ["ngram"], ["ngram", "ngram"], [saved, saved], [saved, "ngram", "ngram"], [None, "ngram"]):
-        refuse(ConfigError, 'a list of drafters must be one model and "ngram"', saved, draft=wrong)
+    for wrong in ([], ["suffix"], ["suffix", "suffix"], [saved, saved], [saved, "suffix", "suffix"], [None, "suffix"]):
+        refuse(ConfigError, 'a list of drafters must be one model and "suffix"', saved, draft=wrong)
 
 
 def test_the_users_objects_are_left_as_they_are(gpt: GPT) -> None:

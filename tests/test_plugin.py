@@ -32,9 +32,9 @@ from transformers import (
 )
 
 import specdec
+from specdec.checkpoints import load_lm
 from specdec.drafters.model import ModelDrafter
 from specdec.errors import ConfigError, PromptError, VocabularyError
-from specdec.load import load_lm
 
 VOCAB, PAD, EOS, NEW = 50, 0, 3, 24
 SHAPE = {"vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 1, "initializer_range": 0.4}

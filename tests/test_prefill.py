@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec import Draft, Engine, ModelError, admission
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Call, Piece
 from specdec.lm.base import window_start
 from specdec.lm.native import NativeLM
@@ -193,10 +193,10 @@ SHAPES = [
 
 def drafter_of(name: str) -> Any:
     model = ModelDrafter(native(noisy(target(), 0.015)))
-    return {"none": None, "model": model, "hybrid": HybridDrafter(model, NgramDrafter()), "ngram": NgramDrafter()}[name]
+    return {"none": None, "model": model, "hybrid": HybridDrafter(model, SuffixDrafter()), "suffix": SuffixDrafter()}[name]
 
 
-@pytest.mark.parametrize("draft", ["none", "model", "hybrid", "ngram"])
+@pytest.mark.parametrize("draft", ["none", "model", "hybrid", "suffix"])
 def test_texts_are_those_of_each_row_alone(bounds: None, draft: str) -> None:
     lengths, new = zip(*SHAPES, strict=True)
     for size, n in ((1, 1), (2, 1), (3, 2), (5, 1), (12, 2)):

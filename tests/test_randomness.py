@@ -15,10 +15,10 @@ import torch
 from scipy.stats import chi2, kstest, norm
 from torch import Tensor
 
-from specdec import Draft, Drafter, Engine, Output, sampling
+from specdec import Draft, Drafter, Engine, Output, draws, sampling
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.sampling import Randomness, quantile, race
 from specdec.sequences import Sequences
 from specdec.verify import RULES
@@ -133,6 +133,7 @@ def test_target_noise_is_exponential() -> None:
 @pytest.mark.parametrize("bits", [0, -1, 1 << 62, -(1 << 63), (1 << 63) - 1, -2])
 def test_the_extreme_words_stay_inside_the_open_interval(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A uniform of 1 would be noise of 0, and 0 / 0 wins a race for a token of probability zero."""
+    monkeypatch.setattr(draws, "library", lambda: None)
     monkeypatch.setattr(sampling, "_mix", lambda x: torch.full_like(x, bits))
     randomness = Randomness(torch.arange(2), torch.arange(2))
     uniforms, noise = randomness.accept(3), randomness.target(torch.zeros(2, dtype=torch.long), 4)
@@ -217,8 +218,8 @@ class Sparse(ModelDrafter):
 DRAFTERS: dict[str, Callable[[], Drafter | None]] = {
     "none": lambda: None,
     "model": lambda: ModelDrafter(TableLM(OTHER)),
-    "ngram": NgramDrafter,
-    "hybrid": lambda: HybridDrafter(ModelDrafter(TableLM(OTHER)), NgramDrafter()),
+    "suffix": SuffixDrafter,
+    "hybrid": lambda: HybridDrafter(ModelDrafter(TableLM(OTHER)), SuffixDrafter()),
     "sparse": lambda: Sparse(TableLM(OTHER)),
 }
 
@@ -273,6 +274,7 @@ def test_a_shared_stream_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def shared(key: Tensor, count: int) -> Tensor:
         return torch.rand(*key.shape, count, generator=generator, dtype=torch.float64)
 
+    monkeypatch.setattr(draws, "library", lambda: None)
     monkeypatch.setattr(sampling, "_uniforms", shared)
     for drafter, rule in itertools.product(("none", "model"), RULES):
         assert depends_on_its_neighbours(drafter, rule)
@@ -287,11 +289,12 @@ def test_numbers_keyed_by_slot_are_noticed(monkeypatch: pytest.MonkeyPatch) -> N
         slots = torch.arange(len(self.seeds)).view(-1, *[1] * (position.dim() - 1))
         return right(self, purpose, position) + slots
 
+    monkeypatch.setattr(draws, "library", lambda: None)
     monkeypatch.setattr(Randomness, "_key", by_slot)
     assert depends_on_its_neighbours("model", "block")
 
 
-@pytest.mark.parametrize("drafter", ["model", "ngram", "hybrid", "sparse"])
+@pytest.mark.parametrize("drafter", ["model", "suffix", "hybrid", "sparse"])
 @pytest.mark.parametrize("num_draft_tokens", [1, 2, 5])
 def test_coupled_text_equals_plain_text_for_a_seed(drafter: str, num_draft_tokens: int) -> None:
     plain = texts("none", range(7))
@@ -354,6 +357,7 @@ def test_ignored_seeds_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def seedless(self: Randomness, purpose: int, position: Tensor) -> Tensor:
         return right(Randomness(torch.zeros_like(self.seeds), self.starts), purpose, position)
 
+    monkeypatch.setattr(draws, "library", lambda: None)
     monkeypatch.setattr(Randomness, "_key", seedless)
     assert samples_repeat()
 

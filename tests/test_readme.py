@@ -51,15 +51,18 @@ def test_python_example_runs(workspace: Path) -> None:
         assert "mean acceptance length" in result.stdout
 
 
-def test_the_contributed_drafter_works_and_changes_nothing(tiny_pair: Path) -> None:
+def test_the_contributed_drafter_works_and_changes_nothing(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CONTRIBUTING's example drafter, run as it stands there."""
     import specdec
+    from specdec.drafting import NAMES
 
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     scope: dict[str, type] = {}
+    monkeypatch.setattr("specdec.drafting.NAMES", dict(NAMES))
     exec(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0], scope)  # noqa: S102
     target = tiny_pair / "target"
-    plain = specdec.generate(target, "import os", max_new_tokens=16)
-    fast = specdec.generate(target, "import os", draft=scope["RepeatLast"](), max_new_tokens=16)
-    assert fast.token_ids == plain.token_ids
-    assert fast.stats.num_draft_tokens > 0
+    plain = specdec.generate(target, "import os", draft=None, max_new_tokens=16)
+    for draft in (scope["RepeatLast"](), "repeat"):
+        fast = specdec.generate(target, "import os", draft=draft, max_new_tokens=16)
+        assert fast.token_ids == plain.token_ids
+        assert fast.stats.num_draft_tokens > 0

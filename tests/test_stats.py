@@ -7,7 +7,7 @@ import torch
 
 from specdec import Draft, Engine, Stats
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.sequences import Sequences, Step
 from toys import native, noisy, tiny_gpt
 
@@ -83,7 +83,7 @@ def test_seconds_add_up() -> None:
         parts = [stats.prefill_seconds, stats.draft_seconds, stats.verify_seconds, stats.overhead_seconds]
         assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(stats.total_seconds)
         assert stats.tokens_per_second == pytest.approx(80 / stats.total_seconds)
-    lookup = Engine(native(tiny_gpt(0)), NgramDrafter()).generate(PROMPTS, max_new_tokens=5).stats
+    lookup = Engine(native(tiny_gpt(0)), SuffixDrafter()).generate(PROMPTS, max_new_tokens=5).stats
     assert lookup.draft_seconds == 0
 
 

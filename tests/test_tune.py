@@ -42,12 +42,12 @@ def test_auto_is_kept_unless_a_fixed_length_is_clearly_faster() -> None:
 
 def test_the_drafter_is_the_one_that_gains_most_in_all(tiny_pair: Path) -> None:
     target, draft = str(tiny_pair / "target"), str(tiny_pair / "draft")
-    drafts = {"draft": (draft,), "both": (draft, "ngram"), "lookup": ("ngram",)}
+    drafts = {"draft": (draft,), "both": (draft, "suffix"), "lookup": ("suffix",)}
     found = sweep(
         {"draft": {"auto": [1.5, 1.5, 1.5]}, "both": {"auto": [3.0, 1.0, 1.5]}, "lookup": {"auto": [3.9, 1.0, 1.0]}}
     )
     tuned = choose(found, drafts, target)
-    assert tuned.draft == (draft, "ngram") and [c.speedup for c in tuned.choices] == [3.0, 1.0, 1.5]
+    assert tuned.draft == (draft, "suffix") and [c.speedup for c in tuned.choices] == [3.0, 1.0, 1.5]
     assert tuned.target == fingerprint(Path(target)) and tuned.models == (fingerprint(Path(draft)),)
     nothing = choose(sweep({name: {"auto": [1.0, 0.5, 0.9]} for name in drafts}), drafts, target)
     assert nothing.draft == () and "No drafter pays" in nothing.lines()[0]
@@ -68,7 +68,7 @@ def pair(tiny_pair: Path, tmp_path: Path) -> Path:
     return tmp_path / "pair"
 
 
-def write(pair: Path, file: Path, draft: tuple[str, ...] = ("ngram",)) -> None:
+def write(pair: Path, file: Path, draft: tuple[str, ...] = ("suffix",)) -> None:
     names = (str(pair / "draft"), *draft)
     lengths = (Choice(1, True, 3, 2.0), Choice(4, True, 2, 1.5), Choice(1, False, 1, 1.2))
     Tuned(names, lengths, fingerprint(pair / "target"), (fingerprint(pair / "draft"),)).write(file)
@@ -113,7 +113,7 @@ def test_generate_reads_them_too(pair: Path) -> None:
 
 def test_a_pair_can_be_moved_with_its_settings(pair: Path) -> None:
     moved = pair.rename(pair.with_name("moved"))
-    assert json.loads((moved / "target" / FILE).read_text())["draft"] == ["../draft", "ngram"]
+    assert json.loads((moved / "target" / FILE).read_text())["draft"] == ["../draft", "suffix"]
     assert isinstance(load(moved / "target", draft="tuned"), TunedEngine)
 
 

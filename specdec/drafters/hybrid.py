@@ -10,11 +10,9 @@ from numpy.typing import NDArray
 
 from specdec.control import MOST_DRAFT_TOKENS, Experience
 from specdec.draft import Draft, Drafter, Outlook
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.sampling import one_hot
 from specdec.sequences import Sequences, Step
-
-_MODEL_PRIOR = 0.6  # chance that a token of the model is accepted, before anything was seen
 
 
 class HybridDrafter:
@@ -24,9 +22,9 @@ class HybridDrafter:
     its own past alone, so that its neighbours change nothing.
     """
 
-    def __init__(self, model: Drafter, lookup: NgramDrafter) -> None:
+    def __init__(self, model: Drafter, lookup: SuffixDrafter) -> None:
         self.model, self.lookup = model, lookup
-        self.experience = Experience([_MODEL_PRIOR] * MOST_DRAFT_TOKENS, chain=True)
+        self.experience = Experience.of_positions()
         self._looks_up: NDArray[np.bool_] | None = None  # which rows the lookup speaks for in the step under way
         self._asked_model = False
 
@@ -86,13 +84,12 @@ class HybridDrafter:
         Each token of the model costs ``price``. Returns the survival of the better of both, [B, K].
         """
         rows = sequences.rows
-        self.lookup.look(rows, most)
+        guesses = self.lookup.look(rows, most)
         width = min(max(most, default=0), MOST_DRAFT_TOKENS)
         looked_up = self.lookup.survival(rows, width, pooled=pooled)
-        drafted = self.experience.rates([row.id for row in rows], pooled=pooled)[:, :width].cumprod(1)
-        drafted[np.arange(width) >= np.array(most)[:, None]] = 0
+        drafted = self.experience.survival([row.id for row in rows], most, pooled=pooled)[:, :width]
         better = looked_up.sum(1) >= (drafted - price).clip(min=0).sum(1)
-        self._looks_up = better & np.array([guess.matched > 0 for guess in self.lookup.guesses])
+        self._looks_up = better & np.array([bool(guess.tokens) for guess in guesses])
         return np.where(self._looks_up[:, None], looked_up, drafted)
 
     def _spoken_for(self) -> NDArray[np.bool_]:

@@ -43,20 +43,19 @@ class ModelDrafter:
             return Draft.empty(len(sequences), sequences.device)
         unread, counts = self._new_tokens(sequences, count)
         if sequences.only_largest:
-            guessed = self.lm.guess(unread, counts, count, sequences.vocab_size)
-            return Draft(guessed.to(sequences.device), torch.tensor(lengths, device=sequences.device).clamp(max=count))
-        tokens = torch.zeros(len(sequences), 0, dtype=torch.long, device=sequences.device)
+            return self._guess(sequences, unread, count, lengths)
+        tokens = torch.empty(len(sequences), count, dtype=torch.long, device=sequences.device)
         laws: list[Tensor] = []
         logits = self.lm.append(unread, counts, last_only=True).unsqueeze(1)
         for i in range(count):
             if i > 0:
-                logits = self.lm.append(tokens[:, -1:])
-            laws.append(sequences.draft_laws(sequences.fit(logits), tokens))
-            tokens = torch.cat([tokens, sequences.randomness.draft(i, laws[i])], dim=1)
-        sound = leading(torch.cat([is_law(law) for law in laws], dim=1))
+                logits = self.lm.append(self._own(tokens[:, i - 1 : i]))
+            laws.append(self._law(sequences, logits, tokens[:, :i]))
+            tokens[:, i : i + 1] = sequences.randomness.draft(i, laws[i])
+        probs = torch.cat(laws, dim=1)
         # What was drawn of no law is not proposed. That depends on the text before it alone, so the text's law is kept.
-        allowed = torch.tensor(lengths, device=sequences.device).minimum(sound)
-        return Draft(tokens, allowed, None if sequences.greedy else torch.cat(laws, dim=1))
+        allowed = torch.tensor(lengths, device=sequences.device).minimum(leading(is_law(probs)))
+        return Draft(tokens, allowed, None if sequences.greedy else probs)
 
     def observe(self, step: Step) -> None:
         """Keep what was read of the committed text: the last drafted token was proposed but never read."""
@@ -78,7 +77,7 @@ class ModelDrafter:
 
     def _new_tokens(self, sequences: Sequences, count: int) -> tuple[Tensor, list[int]]:
         """Every row's unread text, padded to [B, T], and how many tokens it has; the rest has been read."""
-        texts = [self._readable(row.tokens, sequences.vocab_size) for row in sequences.rows]
+        texts = self._texts(sequences)
         starts = [window_start(len(text) + count, self.lm.context) for text in texts]
         for slot, row in enumerate(sequences.rows):
             if self.lm.lengths[slot] == 0:  # new, or forgotten
@@ -92,6 +91,23 @@ class ModelDrafter:
         width = max(self._unread)
         padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in unread], device=self.lm.device)
         return padded, self._unread
+
+    def _texts(self, sequences: Sequences) -> list[list[int]]:
+        """Every row's text in ids of the draft model."""
+        return [self._readable(row.tokens, sequences.vocab_size) for row in sequences.rows]
+
+    def _guess(self, sequences: Sequences, unread: Tensor, count: int, lengths: list[int]) -> Draft:
+        """What the draft model itself goes on with, behind its ``unread`` tokens [B, T]."""
+        guessed = self.lm.guess(unread, self._unread, count, sequences.vocab_size)
+        return Draft(guessed.to(sequences.device), torch.tensor(lengths, device=sequences.device).clamp(max=count))
+
+    def _law(self, sequences: Sequences, logits: Tensor, tokens: Tensor) -> Tensor:
+        """The laws [B, 1, V] of the draft model's logits [B, 1, W] after ``tokens`` [B, i], which were drafted."""
+        return sequences.draft_laws(sequences.fit(logits), tokens)
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        """Drafted tokens [B, 1] in ids of the draft model, which is to read them."""
+        return tokens
 
     def _readable(self, tokens: list[int], vocab_size: int) -> list[int]:
         """Ids that pad the target's vocabulary beyond the draft's are unknown here; a wrong guess is all they cost."""

@@ -225,7 +225,7 @@ class TreeDrafter(ModelDrafter):
             1, chosen, torch.arange(count, device=chosen.device).expand_as(chosen)
         )
         parents = nodes.parents.gather(1, chosen)
-        parents = torch.where(parents >= 0, ranks.gather(1, parents.clamp(min=0)), -1).tolist()
+        given = torch.where(parents >= 0, ranks.gather(1, parents.clamp(min=0)), -1).tolist()
         self._read = nodes.read.gather(1, chosen).tolist()
         probs = None if nodes.laws is None else nodes.laws[:, :count]
         broken = nodes.scores.isnan().any(1).tolist()
@@ -234,5 +234,5 @@ class TreeDrafter(ModelDrafter):
             nodes.tokens.gather(1, chosen).to(sequences.device),
             torch.tensor(counts, device=sequences.device),
             probs,
-            [own[:length] for own, length in zip(parents, counts, strict=True)],
+            [own[:length] for own, length in zip(given, counts, strict=True)],
         )

@@ -59,7 +59,7 @@ class CpuLM(CachedLM):
 
     def __init__(self, model: GPT) -> None:
         weight = model.embed_tokens.weight
-        library = cpu.kernels(weight.dtype) if weight.device.type == "cpu" else None
+        library = cpu.kernels(weight.dtype) if weight.device.type == "cpu" and model.pattern is None else None
         if library is None:
             raise LookupError(f"no compiled pass for {weight.dtype} on {weight.device}")
         super().__init__(model.config.vocab_size, model.config.max_position_embeddings, weight.device, weight.dtype)

@@ -42,9 +42,10 @@ class NativeLM(CachedLM):
         self._put_out: dict[int, Tensor] = {}
 
     def tap(self, layers: Sequence[int]) -> None:
-        for layer in set(layers) - set(self.tapped):
-            self.model.layers[layer].register_forward_hook(partial(self._catch, layer))
+        new = set(layers) - set(self.tapped)
         super().tap(layers)
+        for layer in new:
+            self.model.layers[layer].register_forward_hook(partial(self._catch, layer))
 
     def _catch(self, layer: int, module: object, inputs: object, output: Tensor) -> None:
         self._put_out[layer] = output

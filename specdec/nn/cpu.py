@@ -153,7 +153,7 @@ class CpuModel:
                 for name in PRODUCTS:
                     setattr(layer, name, view._in_bytes(getattr(layer, name), packed))
             view.head = view._in_bytes(self.head, packed)
-        own = {name: getattr(self.struct, name) for name, _ in Model._fields_}
+        own = {field[0]: getattr(self.struct, field[0]) for field in Model._fields_}
         view.struct = Model(**{**own, "layers": len(layers), "head": view.head, "layer": view.layers})
         view._count()
         return view

@@ -15,11 +15,12 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specdec.errors import ModelError
+from specdec.nn import train
+from specdec.nn.attention import Pattern
 from specdec.nn.causal import causal_attention
 from specdec.nn.documents import Documents
 
@@ -72,39 +73,56 @@ def head_size(config: Config) -> int:
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; ``q_norm`` and ``k_norm`` are None in families without them."""
 
-    def __init__(self, config: Config, layer: int, dropout: float) -> None:
+    def __init__(self, config: Config, layer: int, dropout: float, pattern: Pattern | None) -> None:
         super().__init__()
         has = parts(config)
-        self.layer, self.dropout = layer, dropout
+        self.layer, self.dropout, self.pattern = layer, dropout, pattern
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = head_size(config)
         width = (self.heads + 2 * self.groups) * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=has.qkv_bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=has.o_bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if has.head_norms else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if has.head_norms else None
+        self.q_norm = train.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if has.head_norms else None
+        self.k_norm = train.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if has.head_norms else None
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None, documents: Documents | None
     ) -> Tensor:
         rows, length, _ = x.shape
         heads = self.qkv_proj(x).view(rows, length, -1, self.head_dim)
-        turned, values = heads.split([self.heads + self.groups, self.groups], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = turned.split([self.heads, self.groups], dim=2)
-            turned = torch.cat([self.q_norm(queries), self.k_norm(keys)], dim=2)
-        queries, keys = rotate(turned, *rope).split([self.heads, self.groups], dim=2)
+            queries, keys, values = heads.split([self.heads, self.groups, self.groups], dim=2)
+            heads = torch.cat([self.q_norm(queries), self.k_norm(keys), values], dim=2)
         dropout = self.dropout if self.training else 0.0
+        if cache is None and self.pattern is None and not dropout:
+            sizes = None if documents is None else documents.sizes
+            if (mixed := train.attention(heads, self.groups, rope, sizes)) is not None:
+                return self.o_proj(mixed.flatten(2))
+        turned, values = heads.split([self.heads + self.groups, self.groups], dim=2)
+        queries, keys = rotate(turned, *rope).split([self.heads, self.groups], dim=2)
         if documents is not None:
             mixed = documents.attend(queries, keys, values, dropout)
             return self.o_proj(mixed.reshape(rows, length, -1))
         queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-        if cache is None:
+        if self.pattern is not None:
+            mixed = self._by_pattern(self.pattern, queries, keys, values, cache).transpose(1, 2)
+        elif cache is None:
             mixed = causal_attention(queries, keys, values, dropout).transpose(1, 2)
         else:
             keys, values = cache.update(self.layer, keys, values)
             mixed = attend(queries, keys, values, cache.bias)
         return self.o_proj(mixed.reshape(rows, length, -1))
+
+    def _by_pattern(
+        self, pattern: Pattern, queries: Tensor, keys: Tensor, values: Tensor, cache: Cache | None
+    ) -> Tensor:
+        """[B, H, T, D]; every query head gets the keys and values of its group."""
+        if cache is not None:
+            keys, values = cache.update(self.layer, keys, values)
+        keys, values = (x.repeat_interleave(self.heads // self.groups, dim=1) for x in (keys, values))
+        if cache is None:
+            return pattern.attend(queries, keys, values)
+        return pattern.reference(queries, keys, values, cache.positions)
 
 
 class MLP(nn.Module):
@@ -117,18 +135,17 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(train.swiglu(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: Config, layer: int, dropout: float) -> None:
+    def __init__(self, config: Config, layer: int, dropout: float, pattern: Pattern | None = None) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, dropout)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = train.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, dropout, pattern)
+        self.post_attention_layernorm = train.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(dropout)
 
@@ -140,15 +157,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A causal language model. ``config`` is Hugging Face's, one of ``FAMILIES``; ``dropout`` acts in training only."""
+    """A causal language model. ``config`` is Hugging Face's, one of ``FAMILIES``; ``dropout`` acts in training only.
 
-    def __init__(self, config: Config, dropout: float = 0.0) -> None:
+    ``pattern``: what its attention looks at, if not at everything before a token. No checkpoint can say that.
+    """
+
+    def __init__(self, config: Config, dropout: float = 0.0, pattern: Pattern | None = None) -> None:
         super().__init__()
         _check_supported(config)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.pattern = pattern
+        self.layers = nn.ModuleList(Block(config, i, dropout, pattern) for i in range(config.num_hidden_layers))
+        self.norm = train.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
         if config.tie_word_embeddings:
@@ -172,17 +193,21 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, T, 1, D] of the rotary angles, computed in float32 as the reference does."""
         self.frequencies = self.frequencies.to(positions.device)
-        angles = positions.unsqueeze(-1).float() * self.frequencies
-        angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
-        return (angles.cos() * self.rope_scale).to(dtype), (angles.sin() * self.rope_scale).to(dtype)
+        return rotary(positions, self.frequencies, self.rope_scale, dtype)
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def rotary(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, 1, D] of the rotary angles, computed in float32 as the reference does."""
+    angles = positions.unsqueeze(-1).float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -267,18 +292,25 @@ def state_from_hf(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]
 
 def state_to_hf(model: GPT) -> dict[str, Tensor]:
     """The Hugging Face causal LM's state dict of a ``GPT``: projections split, tied head left out, all contiguous."""
-    config = model.config
+    state = split_projections(model.state_dict(), model.config)
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return {name if name.startswith("lm_head") else "model." + name: tensor for name, tensor in state.items()}
+
+
+def split_projections(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """``state`` with the joined projections of its blocks in parts, as Hugging Face has them; all contiguous."""
     query, key = (heads * head_size(config) for heads in (config.num_attention_heads, config.num_key_value_heads))
     sizes = {
         "self_attn.qkv_proj": (query, key, key),
         "mlp.gate_up_proj": (config.intermediate_size, config.intermediate_size),
     }
     result = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         joined = next((joined for joined in _JOINED if joined in name), None)
-        if joined is not None:
-            for part, piece in zip(_JOINED[joined], tensor.split(sizes[joined]), strict=True):
-                result["model." + name.replace(joined, part)] = piece.contiguous()
-        elif not (name == "lm_head.weight" and config.tie_word_embeddings):
-            result[name if name.startswith("lm_head") else "model." + name] = tensor.contiguous()
+        if joined is None:
+            result[name] = tensor.contiguous()
+            continue
+        for part, piece in zip(_JOINED[joined], tensor.split(sizes[joined]), strict=True):
+            result[name.replace(joined, part)] = piece.contiguous()
     return result

@@ -138,9 +138,10 @@ class Cells(nn.Module):
         """The state [N, 2, B, H] after embeddings [B, H] that follow ``state``; ``[-1, 0]`` are hidden states."""
         after = []
         for cell, (hidden, memory) in zip(self.cells, state, strict=True):
-            entrance, keep, out, content = cell(torch.cat([x, hidden], dim=1)).chunk(4, dim=1)
-            memory = torch.addcmul(keep.sigmoid() * memory, entrance.sigmoid(), content.tanh())
-            x = out.sigmoid() * memory.tanh()
+            gates, content = cell(torch.cat([x, hidden], dim=1)).split([3 * x.shape[1], x.shape[1]], dim=1)
+            entrance, keep, out = gates.sigmoid().chunk(3, dim=1)
+            memory = torch.addcmul(keep * memory, entrance, content.tanh())
+            x = out * memory.tanh()
             after += [x, memory]
         return torch.stack(after).view_as(state)
 

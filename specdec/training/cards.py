@@ -21,9 +21,13 @@ def pair_card(role: str, recipe: Recipe, report: TrainReport) -> str:
     """README.md of the "target" or "draft" of a run that trained both."""
     other = {"target": "draft", "draft": "target"}[role]
     parameters = getattr(report, f"{role}_parameters")
+    shape: ShapeRecipe = getattr(recipe, role)
+    kind, loader = ("A Llama-style", "AutoModelForCausalLM.from_pretrained")
+    if shape.kind == "lstm":
+        kind, loader = "An LSTM", "specdec.load"
     return f"""{_HEAD}# {recipe.name}: {role}
 
-A Llama-style language model of {parameters:,} parameters, the {role} of a pair for speculative decoding. It was
+{kind} language model of {parameters:,} parameters, the {role} of a pair for speculative decoding. It was
 trained together with its {other} by [specdec](https://pypi.org/project/specdec/).
 
 ## Trained on
@@ -36,16 +40,16 @@ saw are held out for the figures below. {_CAUTION}
 {_figures(role, other, report)}
 {_use("target", "draft")}
 with both folders of the pair in the working directory. Alone it is an ordinary checkpoint for
-`AutoModelForCausalLM.from_pretrained`.
+`{loader}`.
 """
 
 
-def draft_card(target: str, parameters: int, trained: str, figures: list[tuple[str, str]]) -> str:
+def draft_card(target: str, kind: str, parameters: int, trained: str, figures: list[tuple[str, str]]) -> str:
     """README.md of a draft made for the model ``target``; ``figures`` are lines of name and value, in order."""
     lines = "\n".join(f"- {name}: {value}" for name, value in figures)
     return f"""{_HEAD}# A draft for {target}
 
-A Llama-style language model of {parameters:,} parameters that guesses what `{target}` will say, for speculative
+{kind} language model of {parameters:,} parameters that guesses what `{target}` will say, for speculative
 decoding. It was distilled by [specdec](https://pypi.org/project/specdec/) and is of little use alone.
 
 ## Trained on
@@ -63,6 +67,12 @@ where `DRAFT` is this folder.
 
 def _shape(role: str, recipe: Recipe) -> str:
     shape: ShapeRecipe = getattr(recipe, role)
+    if shape.kind == "lstm":
+        return f"""## Shape
+
+{shape.num_hidden_layers} LSTM layers, hidden size {shape.hidden_size}, {"tied" if shape.tie_word_embeddings else "untied"}
+head, byte-level BPE of at most {recipe.tokenizer.vocab_size:,} tokens.
+"""
     return f"""## Shape
 
 {shape.num_hidden_layers} layers, hidden size {shape.hidden_size}, {shape.num_attention_heads} query and

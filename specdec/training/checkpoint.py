@@ -21,8 +21,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from specdec.drafters.tokenmap import VOCABULARY_FILE, TokenMap
 from specdec.errors import CheckpointError
-from specdec.nn.gpt import GPT, state_to_hf
+from specdec.nn.gpt import state_to_hf
+from specdec.nn.lstm import LSTM, Trainable
 
 MANIFEST, STATE, META = "manifest.json", "state.safetensors", "meta.json"
 KEEP = 2  # the newest may turn out damaged
@@ -200,23 +202,34 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_pretrained(model: GPT, tokenizer: PreTrainedTokenizerFast, directory: Path, card: str = "") -> None:
-    """Write ``model`` as a Hugging Face checkpoint that AutoModelForCausalLM, vLLM and llama.cpp load.
+def save_pretrained(
+    model: Trainable,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    card: str = "",
+    token_map: TokenMap | None = None,
+) -> None:
+    """Write ``model`` as a checkpoint; a GPT as one that AutoModelForCausalLM, vLLM and llama.cpp load.
 
     The folder also gets the tokenizer, ``generation_config.json`` with the end of text, the model card ``card`` as
-    README.md, and our manifest.
+    README.md, and our manifest; with ``token_map`` also what the model's ids are in the tokenizer's.
     """
 
     def write(target: Path) -> None:
-        config = type(model.config).from_dict(model.config.to_dict())  # the model's own stays as it is
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-        config.dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-        config.save_pretrained(target)
-        state = {name: tensor.detach().cpu() for name, tensor in state_to_hf(model).items()}
-        save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-        GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(
-            target
-        )
+        if isinstance(model, LSTM):
+            model.save(target)
+        else:
+            config = type(model.config).from_dict(model.config.to_dict())  # the model's own stays as it is
+            config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+            config.dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+            config.save_pretrained(target)
+            state = {name: tensor.detach().cpu() for name, tensor in state_to_hf(model).items()}
+            save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        if token_map is not None:
+            token_map.save(target / VOCABULARY_FILE)
+            end, pad = (None if i is None else token_map.lists[1][i] for i in (end, pad))
+        GenerationConfig(eos_token_id=end, pad_token_id=pad).save_pretrained(target)
         tokenizer.save_pretrained(target)
         if card:
             (target / "README.md").write_text(card, encoding="utf-8")

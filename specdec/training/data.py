@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from specdec.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
+CODE = "held-out code"  # the task that every machine has
 HELD_OUT_ONE_IN = 20  # 5 % of the files: about 0.5 MB of the standard library, enough for a loss to 2 digits
 MIN_CHARACTERS = 10_000  # below this there is nothing to learn a vocabulary from
 # Packages and tests of other people, and tables that no person wrote (character maps, compiled topics): they are
@@ -122,6 +124,14 @@ def _read(root: Path, files: Iterable[Path], text_key: str = "text") -> list[Doc
 
 def _json_lines(name: str, text: str, text_key: str) -> Iterator[Document]:
     """A document per line of a JSONL file; empty texts and lines are left out."""
+    for number, row in _json_rows(name, text):
+        written = _text(row, text_key, f"{name}, line {number}")
+        if written.strip():
+            yield Document(f"{name}#{number:09d}", written)
+
+
+def _json_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
+    """What the lines of a JSONL file hold, with their numbers; empty ones are left out."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -129,9 +139,7 @@ def _json_lines(name: str, text: str, text_key: str) -> Iterator[Document]:
             row = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"{name}, line {number} is not JSON: {error}") from error
-        written = _text(row, text_key, f"{name}, line {number}")
-        if written.strip():
-            yield Document(f"{name}#{number:09d}", written)
+        yield number, row
 
 
 def _text(row: object, text_key: str, where: str) -> str:
@@ -239,3 +247,54 @@ def held_out_prompts(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, *, coun
         if attempts > 100 * count + 100 * len(corpus.held_out):
             raise ConfigError(f"the held-out text is too short for {count} prompts of {tokens} tokens")
     return prompts
+
+
+def task_prompts(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    count: int,
+    tokens: int,
+    jsonl: Mapping[Path, str] | None = None,
+    dataset: str = "",
+    text_key: str = "text",
+) -> dict[str, list[list[int]]]:
+    """At most ``count`` prompts of every task, of at most ``tokens`` ids: their last ones, as questions come last.
+
+    Always held-out code; of JSONL files their objects, whose prompt is under the key that ``jsonl`` names (of a list
+    its first entry) and whose "category", if they have one, is their task, as in Spec-Bench (Xia et al. 2024, arXiv
+    2401.07851); of a dataset of the Hugging Face hub the rows of its first split, under ``text_key``.
+    """
+    found = {CODE: held_out_prompts(tokenizer, gather("stdlib"), count=count, tokens=tokens)}
+    texts: dict[str, list[str]] = {}
+    for file, key in (jsonl or {}).items():
+        for task, text in _questions(file, key):
+            texts.setdefault(task, []).append(text)
+    if dataset:
+        texts[dataset] = [document.text for document in _dataset(dataset, "", "train", text_key)]
+    for task, own in texts.items():
+        found[task] = [_chat(tokenizer, text)[-tokens:] for text in own[:count]]
+    return found
+
+
+def _questions(file: Path, key: str) -> Iterator[tuple[str, str]]:
+    """The task and the prompt of every line."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as text: {error}") from error
+    for number, row in _json_rows(file.name, text):
+        if isinstance(row, dict) and isinstance(row.get(key), list) and row[key]:
+            row = {**row, key: row[key][0]}
+        question = _text(row, key, f"{file.name}, line {number}")
+        if not question.strip():
+            raise ConfigError(f"{file.name}, line {number} has an empty text under {key!r}; a prompt needs a token")
+        yield str(row.get("category", file.stem)), question
+
+
+def _chat(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids of a user's message, as the tokenizer's chat template has it, if there is one."""
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    return list(tokenizer.encode(text, verbose=False))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from specdec.errors import CheckpointError, ConfigError
-from specdec.training.losses import DIVERGENCES
+from specdec.nn.divergences import DIVERGENCES
 from specdec.training.shapes import SHAPES
 
 REPORT = "distill.json"
@@ -18,11 +18,12 @@ class DistillSettings:
     """How to train the draft. Budgets: ``max_tokens`` positions learned from, ``max_seconds``; 0 is no limit.
 
     shape: "wide" (the target's width, a quarter of its layers: begins as some of the target's layers where they are
-    built like ours), "small" (half the width) or "tiny" (a quarter, one layer).
+    built like ours), "small" (half the width), "tiny" (a quarter, one layer) or "lstm" (with as many parameters as "small").
     loss: one of ``losses.DIVERGENCES``, or "cross_entropy" (the text alone, no teacher).
     draft_tokens: how many tokens the draft will propose; positions count by what they add to the accepted length.
     teacher_entries: how many of the target's probabilities to keep per position, 0 for all.
     on_policy: share of the budget spent, at the end, on text of the target.
+    draft_vocab_size: how many tokens the draft knows: the most frequent of the training text, one for all others; 0: all.
     patience: evaluations without a rise of the accepted length that end the run; 0 never does.
     """
 
@@ -44,6 +45,7 @@ class DistillSettings:
     evaluation_prompts: int = 8
     patience: int = 4
     seed: int = 0
+    draft_vocab_size: int = 0
 
     def __post_init__(self) -> None:
         losses = [*DIVERGENCES, "cross_entropy"]
@@ -56,6 +58,8 @@ class DistillSettings:
         for name in ("max_tokens", "max_seconds", "teacher_entries", "patience"):
             _allowed(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
         _allowed("max_tokens", self.max_tokens, self.max_tokens or self.max_seconds, "> 0 if max_seconds is 0")
+        size = self.draft_vocab_size
+        _allowed("draft_vocab_size", size, size == 0 or size >= 3, "0 or >= 3")
         _allowed("evaluate_every", self.evaluate_every, self.evaluate_every >= 1, ">= 1")
         _allowed("sequence_length", self.sequence_length, self.sequence_length >= 8, ">= 8")
 

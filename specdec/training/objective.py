@@ -20,7 +20,8 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from specdec.nn.documents import Documents
-from specdec.nn.gpt import GPT
+from specdec.nn.lstm import Trainable
+from specdec.nn.train import losses_and_gradients
 
 _CHUNK_ELEMENTS = 2**21  # 8 MB of float32 logits at a time: cache-sized on CPU, big enough to keep matrix units busy
 
@@ -33,7 +34,9 @@ class Pair(nn.Module):
     draft's small kernels fill what the target's leave idle.
     """
 
-    def __init__(self, target: GPT, draft: GPT | None, *, distillation: float, overlap: bool = False) -> None:
+    def __init__(
+        self, target: Trainable, draft: Trainable | None, *, distillation: float, overlap: bool = False
+    ) -> None:
         super().__init__()
         self.target, self.draft, self.distillation = target, draft, distillation
         self.stream = torch.cuda.Stream() if overlap else None
@@ -54,7 +57,7 @@ class Pair(nn.Module):
         losses: Tensor = _PairLoss.apply(labels, self.distillation, positions or len(labels), *states)
         return losses
 
-    def _models(self) -> list[GPT]:
+    def _models(self) -> list[Trainable]:
         return [self.target] if self.draft is None else [self.target, self.draft]
 
     def _hidden(self, inputs: Tensor, documents: Documents | None) -> list[Tensor]:
@@ -77,7 +80,7 @@ class Pair(nn.Module):
         return [target.flatten(0, 1), draft.flatten(0, 1).to(inputs.device)]
 
 
-def pair_losses(target: GPT, draft: GPT, tokens: Tensor, *, distillation: float) -> tuple[Tensor, Tensor]:
+def pair_losses(target: Trainable, draft: Trainable, tokens: Tensor, *, distillation: float) -> tuple[Tensor, Tensor]:
     """Mean losses of target and draft (nats per token, float32 scalars) on tokens [B, T + 1], all positions at once.
 
     The draft's loss sends no gradient to the target. ``distillation`` is w above (Hinton et al. 2015).
@@ -96,12 +99,11 @@ class _PairLoss(torch.autograd.Function):
         head_gradients = [torch.zeros_like(head, dtype=torch.float32) for _, head in models]
         losses = torch.zeros(len(models), dtype=torch.float32, device=labels.device)
         for part in parts(len(labels), len(models[0][1])):
-            logits = [(hidden[part] @ head.T).float() for hidden, head in models]
-            part_losses, gradients = _losses_and_gradients(logits, labels[part, None], weight)
+            logits = [hidden[part] @ head.T for hidden, head in models]
+            part_losses, gradients = _losses_and_gradients(logits, labels[part], weight, positions)
             losses += part_losses
-            for i, (hidden, head) in enumerate(models):
-                gradient = gradients[i].div_(positions).to(hidden.dtype)
-                hidden_gradients[i][part] = gradient @ head
+            for i, ((hidden, head), gradient) in enumerate(zip(models, gradients, strict=True)):
+                torch.mm(gradient, head, out=hidden_gradients[i][part])
                 head_gradients[i] += gradient.T @ hidden[part]
         heads = [gradient.to(head.dtype) for gradient, (_, head) in zip(head_gradients, models, strict=True)]
         ctx.save_for_backward(*(part for pair in zip(hidden_gradients, heads, strict=True) for part in pair))
@@ -114,12 +116,17 @@ class _PairLoss(torch.autograd.Function):
         return None, None, None, *(part * factor for part, factor in zip(gradients, factors, strict=True))
 
 
-def _losses_and_gradients(logits: list[Tensor], labels: Tensor, weight: float) -> tuple[Tensor, list[Tensor]]:
-    """Summed losses of one or two models and their gradients by the logits [N, V], for labels [N, 1].
+def _losses_and_gradients(
+    logits: list[Tensor], labels: Tensor, weight: float, positions: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Summed losses of one or two models and their gradients by the logits [N, V] / ``positions``, for labels [N].
 
     d target / d logits = target_probs - onehot;  d draft / d logits = draft_probs - (1 - w) onehot - w target_probs.
     Overwrites the logits.
     """
+    if (found := losses_and_gradients(logits, labels, weight, 1 / positions)) is not None:
+        return found.sum(1), logits
+    dtypes, labels, logits = [x.dtype for x in logits], labels[:, None], [x.float() for x in logits]
     target_logs = torch.log_softmax(logits[0], dim=-1)
     losses, draft_gradient = [-target_logs.gather(1, labels).sum()], None
     target_probs = torch.exp(target_logs, out=logits[0])
@@ -133,7 +140,8 @@ def _losses_and_gradients(logits: list[Tensor], labels: Tensor, weight: float) -
         draft_gradient = draft_logs.exp_().sub_(target_probs, alpha=weight)
         draft_gradient.scatter_add_(1, labels, torch.full_like(labels, -(1 - weight), dtype=torch.float32))
     target_gradient = target_probs.scatter_add_(1, labels, torch.full_like(labels, -1.0, dtype=torch.float32))
-    return torch.stack(losses), [target_gradient] if draft_gradient is None else [target_gradient, draft_gradient]
+    gradients = [target_gradient] if draft_gradient is None else [target_gradient, draft_gradient]
+    return torch.stack(losses), [x.div_(positions).to(dtype) for x, dtype in zip(gradients, dtypes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ class Agreement:
 
 
 @torch.no_grad()  # not inference mode: what a model keeps of such a pass (rotary frequencies) is trained with again
-def agreement(target: GPT, draft: GPT, windows: Tensor, *, drafted: int = 4) -> Agreement:
+def agreement(target: Trainable, draft: Trainable, windows: Tensor, *, drafted: int = 4) -> Agreement:
     """Cross-entropies and agreement on windows [M, T + 1], with drafts of ``drafted`` tokens.
 
     The models are put into evaluation mode; they may be on two devices.

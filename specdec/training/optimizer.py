@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from specdec.nn.gpt import GPT
+from specdec.nn.lstm import Trainable
 
 _BETAS = (0.9, 0.95)  # the usual choice for language models (GPT-3, Llama): runs too short for 0.999
 _PROBE_SIZE, _PROBES = 512, 8  # about 30 ms
@@ -27,7 +27,7 @@ class MasterAdamW:
     Of a model sharded by FSDP2 it holds this process's part; norms and what ``state`` returns are of the whole.
     """
 
-    def __init__(self, model: GPT, dtype: torch.dtype, *, weight_decay: float) -> None:
+    def __init__(self, model: Trainable, dtype: torch.dtype, *, weight_decay: float) -> None:
         self.model = model
         self.sharded = any(isinstance(weight, DTensor) for weight in model.parameters())
         self.masters = {name: _local(weight.detach()).float().clone() for name, weight in model.named_parameters()}
@@ -73,7 +73,7 @@ class MasterAdamW:
         weights = [_local(weight.detach()) for weight in self.model.parameters()]
         torch._foreach_copy_(weights, list(self.masters.values()))
 
-    def release(self) -> GPT:
+    def release(self) -> Trainable:
         """The model with the float32 masters as its weights, in one piece; this optimiser is then done."""
         if self.sharded:
             return self.whole()
@@ -82,17 +82,17 @@ class MasterAdamW:
         return self.model
 
     @torch.no_grad()
-    def whole(self) -> GPT:
+    def whole(self) -> Trainable:
         """The model as it is now if it is in one piece, or a copy put together of all processes' parts."""
         if not self.sharded:
             return self.model
         state = {name: self._full(master, name) for name, master in self.masters.items()}
-        model = GPT(self.model.config).to(next(iter(state.values())).device)
+        model = type(self.model)(self.model.config).to(next(iter(state.values())).device)
         for name, weight in model.named_parameters():
             weight.copy_(state[name])
         return model
 
-    def snapshot(self) -> GPT:
+    def snapshot(self) -> Trainable:
         """A copy of the model with the float32 masters as its weights; of a model that is not sharded."""
         model = copy.deepcopy(self.model)
         for name, weight in model.named_parameters():

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from specdec.errors import CheckpointError, ConfigError, SpecDecError
+from specdec.nn.lstm import Trainable
 from specdec.training.objective import Pair
 from specdec.training.recipe import TrainRecipe
 
@@ -80,7 +81,8 @@ class Parallel:
             return
         mesh = init_device_mesh(self.device.type, (self.size,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for model in filter(None, (pair.target, pair.draft)):
+        models: list[Trainable] = [pair.target] if pair.draft is None else [pair.target, pair.draft]
+        for model in models:
             for layer in model.layers:
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(pair, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

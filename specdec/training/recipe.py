@@ -20,16 +20,20 @@ from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 from transformers import LlamaConfig
 
 from specdec.errors import ConfigError
+from specdec.nn.lstm import LSTMConfig
 
 Section = TypeVar("Section", "DataRecipe", "TokenizerRecipe", "ShapeRecipe", "TrainRecipe")
 Value = TypeVar("Value", int, float, bool, str)
 _LATER = {
+    "target": ("kind",),
+    "draft": ("kind",),
     "data": ("text_key", "name", "subset", "split"),
     "train": (
         "decay", "accumulate", "separate_documents", "max_skipped_batches", "compile", "target_device", "draft_device"
     ),
 }  # fmt: skip
 _WATCHING = ("evaluate_steps", "evaluate_seconds", "trackers")  # of [train]: they change no weight
+_ATTENTION = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # what an LSTM has none of
 _KINDS: dict[type, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -81,7 +85,7 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class ShapeRecipe:
-    """The shape of one model, in ``LlamaConfig``'s words."""
+    """The shape of one model, in ``LlamaConfig``'s words; of kind "lstm" there are no heads and no feed-forward."""
 
     hidden_size: Annotated[int, Allowed(low=8)]
     num_hidden_layers: Annotated[int, Allowed(low=1)]
@@ -92,6 +96,14 @@ class ShapeRecipe:
     rope_theta: Annotated[float, Allowed(low=1.0)] = 10000.0
     tie_word_embeddings: bool = True
     dropout: Annotated[float, Allowed(low=0.0, high=0.9)] = 0.0
+    kind: Annotated[str, Allowed(choices=("gpt", "lstm"))] = "gpt"
+
+    def lstm_config(self, vocab_size: int, eos_token_id: int) -> LSTMConfig:
+        """The configuration of this shape, of kind "lstm"."""
+        return LSTMConfig(
+            vocab_size, self.hidden_size, self.num_hidden_layers,
+            tie_word_embeddings=self.tie_word_embeddings, eos_token_id=eos_token_id,
+        )  # fmt: skip
 
     def config(self, vocab_size: int, eos_token_id: int) -> LlamaConfig:
         """The Hugging Face configuration of this shape."""
@@ -271,6 +283,8 @@ def _section(kind: type[Section], document: Mapping[str, object], name: str, sou
             where = source.at(name, entry.name)
             values[entry.name] = _value(table[entry.name], value_type, where)
             (allowed[0] if allowed else Allowed()).check(values[entry.name], where)
+        elif table.get("kind") == "lstm" and entry.name in _ATTENTION:
+            values[entry.name] = 1  # of no meaning
         elif entry.default is MISSING:
             raise ConfigError(f"{source.at(name)}.{entry.name} is missing; it is {_KINDS[value_type]}")
     return kind(**values)  # type: ignore[arg-type]
@@ -295,6 +309,13 @@ def _value(given: object, kind: type[Value], where: str) -> Value:
 
 def _check_together(recipe: Recipe, source: _Origin) -> None:
     for name, shape in (("target", recipe.target), ("draft", recipe.draft)):
+        if shape.kind == "lstm":
+            if recipe.train.separate_documents:
+                raise ConfigError(
+                    f"{source.at('train', 'separate_documents')} must be false with {name}.kind = 'lstm', whose state goes "
+                    "on from text to text of a row"
+                )
+            continue
         if shape.hidden_size % (2 * shape.num_attention_heads):
             raise ConfigError(
                 f"{source.at(name, 'hidden_size')} must be a multiple of twice num_attention_heads "

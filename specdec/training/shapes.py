@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from specdec.nn.gpt import GPT, state_from_hf
+from specdec.nn.lstm import LSTM, LSTMConfig, Trainable
 
 SHAPES = {"wide": (1.0, 0.25), "small": (0.5, 0.25), "tiny": (0.25, 0.0)}  # of the target's width, of its layers
+SHAPES["lstm"] = SHAPES["small"]  # an LSTM with as many parameters as a GPT of these sizes
 
 
 def draft_config(target: Any, shape: str, vocab_size: int, eos_token_id: int | None) -> LlamaConfig:
@@ -48,13 +50,26 @@ def draft_config(target: Any, shape: str, vocab_size: int, eos_token_id: int | N
     )
 
 
+def new_draft(target: Any, shape: str, vocab_size: int, eos_token_id: int | None) -> Trainable:
+    """A draft of that shape with random weights, for a target with configuration ``target``."""
+    config = draft_config(target, shape, vocab_size, eos_token_id)
+    if shape != "lstm":
+        return GPT(config)
+    with torch.device("meta"):
+        parameters = sum(weight.numel() for weight in GPT(config).parameters())
+    return LSTM(LSTMConfig.with_parameters(parameters, vocab_size, eos_token_id=eos_token_id))
+
+
 @torch.no_grad()
-def initialise(draft: GPT, target: PreTrainedModel | GPT) -> list[str]:
-    """Copy what fits of the target into the draft; the names of the draft's weights that were copied.
+def initialise(draft: Trainable, target: PreTrainedModel | GPT, vocabulary: Tensor | None = None) -> list[str]:
+    """Copy what fits of the target into the draft; the names of the draft's weights that were copied, of an LSTM's none.
 
     Layers are copied, evenly spread over the target's depth, only where they are built of the same weights as ours:
-    half of a layer of another architecture is worse than a random one.
+    half of a layer of another architecture is worse than a random one. ``vocabulary`` [W]: the target's ids of the draft's
+    tokens, where these are fewer.
     """
+    if isinstance(draft, LSTM):
+        return []
     own = draft.state_dict()
     state = {name: weight.float() for name, weight in target.state_dict().items() if weight.is_floating_point()}
     if not isinstance(target, GPT):
@@ -72,7 +87,8 @@ def initialise(draft: GPT, target: PreTrainedModel | GPT) -> list[str]:
         "lm_head.weight": target.lm_head if isinstance(target, GPT) else target.get_output_embeddings(),
     }
     for name, module in ends.items():
-        if _copy(own[name], getattr(module, "weight", None)):
+        weight = getattr(module, "weight", None)
+        if _copy(own[name], weight if weight is None or vocabulary is None else weight[vocabulary.clamp(min=0)]):
             copied.append(name)
     if any(name.startswith("layers.") for name in copied) and _copy(own["norm.weight"], state.get("norm.weight")):
         copied.append("norm.weight")

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from specdec.errors import CheckpointError, ConfigError, ModelError
 from specdec.nn.gpt import GPT
+from specdec.nn.lstm import LSTM, Trainable
 from specdec.training import checkpoint as files
 from specdec.training import data
 from specdec.training.cards import pair_card
@@ -41,7 +42,7 @@ DECODED_PROMPTS, DECODED_TOKENS = 8, 64  # of the real decode of an evaluation, 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
-Decode = Callable[[GPT, GPT, list[list[int]], int], float]
+Decode = Callable[[Trainable, Trainable, list[list[int]], int], float]
 """(target, draft, prompts, new tokens per prompt) -> mean acceptance length of a real greedy decode."""
 
 
@@ -234,7 +235,7 @@ class Run:
             model.train()
         return found
 
-    def _measure(self, target: GPT, draft: GPT) -> dict[str, Any]:
+    def _measure(self, target: Trainable, draft: Trainable) -> dict[str, Any]:
         """Losses and agreement on held-out text, and the mean accepted length of a short decode; also logged."""
         length = self.settings.sequence_length
         windows = data.windows(self.held_out, length=length, limit=EVALUATION_TOKENS // length).to(self.device)
@@ -297,7 +298,7 @@ class Run:
         target, draft = (optimizer.release() for optimizer, _ in self.optimizers)
         return self.parallel.once(lambda: self._write(target, draft, trained))
 
-    def _write(self, target: GPT, draft: GPT, trained: float) -> TrainReport:
+    def _write(self, target: Trainable, draft: Trainable, trained: float) -> TrainReport:
         tokens = self.step * self.settings.rows * self.settings.sequence_length
         report = TrainReport(
             recipe=self.recipe.name,
@@ -326,7 +327,9 @@ def _due(every: float, passed: float) -> bool:
     return every > 0 and passed >= every
 
 
-def _model(shape: ShapeRecipe, tokenizer: PreTrainedTokenizerFast) -> GPT:
+def _model(shape: ShapeRecipe, tokenizer: PreTrainedTokenizerFast) -> Trainable:
+    if shape.kind == "lstm":
+        return LSTM(shape.lstm_config(len(tokenizer), tokenizer.eos_token_id), shape.dropout)
     model = GPT(shape.config(len(tokenizer), tokenizer.eos_token_id), shape.dropout)
     with torch.no_grad():  # what enters the residual stream adds up to the same size at any depth (GPT-2, section 2.3)
         for name, weight in model.named_parameters():

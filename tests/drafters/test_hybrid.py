@@ -9,7 +9,7 @@ import pytest
 from specdec import Draft, Engine
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.sequences import Sequences, Step
 from toys import TableLM, random_table
 
@@ -46,7 +46,7 @@ def run(hybrid: HybridDrafter, **settings: Any) -> Any:
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_the_models_cache_is_right_whoever_spoke(temperature: Any, size: int) -> None:
     model = Watched(TableLM(0.7 * TABLE + random_table(6, seed=4), context=256))
-    output = run(HybridDrafter(model, NgramDrafter()), temperature=temperature, max_batch_size=size)
+    output = run(HybridDrafter(model, SuffixDrafter()), temperature=temperature, max_batch_size=size)
     assert 0 < model.proposals <= output.stats.num_target_passes
     plain = Engine(TableLM(TABLE, context=256)).generate(PROMPTS, max_new_tokens=60)
     greedy = [i for i in range(4) if (temperature if isinstance(temperature, float) else temperature[i]) == 0]
@@ -58,17 +58,17 @@ def test_a_cache_that_counts_the_lookups_tokens_is_noticed(monkeypatch: pytest.M
     monkeypatch.setattr("specdec.drafters.hybrid.replace", lambda step, accepted: step)
     model = Watched(TableLM(0.7 * TABLE + random_table(6, seed=4), context=256))
     with pytest.raises(AssertionError):
-        run(HybridDrafter(model, NgramDrafter()))
+        run(HybridDrafter(model, SuffixDrafter()))
 
 
 def test_the_model_rests_while_the_lookup_is_right() -> None:
     model = Watched(TableLM(0.7 * TABLE + random_table(6, seed=4), context=512))
-    output = run(HybridDrafter(model, NgramDrafter()), max_new_tokens=200)  # a greedy text ends in a cycle
+    output = run(HybridDrafter(model, SuffixDrafter()), max_new_tokens=200)  # a greedy text ends in a cycle
     assert model.proposals < 0.4 * output.stats.num_target_passes
 
 
 def test_a_lookup_that_is_always_wrong_is_left_to_rest() -> None:
-    class Wrong(NgramDrafter):
+    class Wrong(SuffixDrafter):
         def _guess(self, row: Any, count: int) -> Any:
             found = super()._guess(row, count)
             return found._replace(tokens=[(token + 1) % 6 for token in found.tokens])
@@ -79,19 +79,19 @@ def test_a_lookup_that_is_always_wrong_is_left_to_rest() -> None:
 
 
 def test_records_go_with_their_rows() -> None:
-    hybrid = HybridDrafter(ModelDrafter(TableLM(TABLE, context=256)), NgramDrafter())
+    hybrid = HybridDrafter(ModelDrafter(TableLM(TABLE, context=256)), SuffixDrafter())
     engine = Engine(TableLM(TABLE, context=256), hybrid)
     engine.generate(PROMPTS * 5, max_new_tokens=9, max_batch_size=3)
-    assert list(hybrid.experience) == [] and hybrid.lookup._tables == {}
+    assert list(hybrid.experience) == [] and hybrid.lookup._texts == {}
     stream = engine.stream(PROMPTS, max_new_tokens=9)
     next(stream)
-    assert list(hybrid.lookup._tables)
+    assert list(hybrid.lookup._texts)
     stream.close()  # type: ignore[attr-defined]
     assert list(hybrid.experience) == []
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 40])
 def test_long_drafts_are_weighed_too(length: int) -> None:
-    output = run(HybridDrafter(ModelDrafter(TableLM(TABLE, context=256)), NgramDrafter()), num_draft_tokens=length)
+    output = run(HybridDrafter(ModelDrafter(TableLM(TABLE, context=256)), SuffixDrafter()), num_draft_tokens=length)
     plain = Engine(TableLM(TABLE, context=256)).generate(PROMPTS, max_new_tokens=60)
     assert output.token_ids == plain.token_ids and max(output.stats.control.lengths) == length

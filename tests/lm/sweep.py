@@ -2,7 +2,7 @@
 
     python tests/lm/sweep.py [--jobs N] [Class ...]
 
-builds a tiny model of each class mechanically, speculates greedily with a noisy draft and with prompt lookup on three
+builds a tiny model of each class mechanically, speculates greedily with a noisy draft and with suffix decoding on three
 rows of different lengths, beyond the model's windows, and compares every token with transformers. Without class names
 it writes what it found to docs/models.md.
 """
@@ -33,7 +33,7 @@ import families
 
 from specdec import Engine
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import FallbackWarning, ModelError
 from specdec.lm import hf
 from specdec.lm.hf import hf_lm
@@ -229,7 +229,7 @@ def _examine(name: str) -> Result:
         target, draft = hf_lm(model), hf_lm(noisy(model, 0.02))
     except ModelError as error:
         return Result(name, "refused", reason=str(error))
-    for drafter in (NgramDrafter(), ModelDrafter(draft)):
+    for drafter in (SuffixDrafter(), ModelDrafter(draft)):
         found = Engine(target, drafter).generate(PROMPTS, max_new_tokens=NEW, max_batch_size=BATCH).token_ids
         if found != expected:
             at = [
@@ -302,7 +302,7 @@ def family_table() -> str:
         "## Families that every test run covers",
         "",
         "Greedy text equal to `generate`, row by row, in batches of 1, 3 and 8 with ragged prompts, 64 new tokens, drafts",
-        "by a disturbed copy and by prompt lookup; samples under `coupled` equal to plain sampling with the seed.",
+        "by a disturbed copy and by suffix decoding; samples under `coupled` equal to plain sampling with the seed.",
         "",
         "| family | what is special | speed | mechanism |",
         "|---|---|---|---|",
@@ -320,7 +320,7 @@ def sweep_table(results: list[Result]) -> str:
         "## Every class of transformers' causal-LM mapping",
         "",
         f"transformers {transformers.__version__}, tiny models made mechanically, greedy, batches of {BATCH}, beyond their",
-        f"windows, with a disturbed copy and with prompt lookup: {count['equal']} classes equal `generate` token by token,",
+        f"windows, with a disturbed copy and with suffix decoding: {count['equal']} classes equal `generate` token by token,",
         f"{count['refused']} are refused, {count['not built']} could not be built or run by transformers itself this way.",
         "",
         "| class | speed | mechanism | why |",

@@ -25,7 +25,8 @@ from specdec.lm.base import CachedLM
 from specdec.lm.cpu import CpuLM
 from specdec.lm.hf import HFLM
 from specdec.lm.native import NativeLM
-from toys import tiny_gpt
+from specdec.lm.recurrent import RecurrentLM, RowState
+from toys import tiny_gpt, tiny_lstm
 
 CONTEXT = 40
 SHAPE = {
@@ -58,13 +59,16 @@ HF = [
     "gemma2 eager",
 ]
 OURS = {"native": NativeLM, "compiled": CpuLM}
-MODELS = [*OURS, *HF]
+MODELS = [*OURS, "recurrent", *HF]
 
 
 def build(name: str) -> Checked:
     if name in OURS:
         gpt = tiny_gpt(0, context=CONTEXT)
         return Checked(OURS[name](gpt), lambda text: gpt.lm_head(gpt(torch.tensor([text])))[0])
+    if name == "recurrent":
+        lstm = tiny_lstm(0, context=CONTEXT)
+        return Checked(RecurrentLM(lstm), lambda text: lstm.lm_head(lstm(torch.tensor([text])))[0])
     family, attention = name.split()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation=attention)
@@ -79,8 +83,11 @@ def checked(request: pytest.FixtureRequest) -> Checked:
 
 def poison(lm: CachedLM, slot: int) -> None:
     """Fill the slot's cache with NaN."""
-    assert isinstance(lm, NativeLM | CpuLM | HFLM)
+    assert isinstance(lm, NativeLM | CpuLM | HFLM | RecurrentLM)
     with torch.inference_mode():
+        if isinstance(lm, RecurrentLM):
+            lm._rows[slot] = RowState({n: state * math.nan for n, state in lm._rows[slot].states.items()})
+            return
         if isinstance(lm, CpuLM):
             for block in lm.cache.rows[slot]:
                 block.fill_(math.nan)
@@ -180,8 +187,8 @@ def test_what_is_broken_in_a_freed_slot_does_not_leak(checked: Checked) -> None:
 
     checked.keep([0, 0])
     poison(checked.lm, 1)
-    checked.restart(1)  # forgets the row, and does not clean up, unless its blocks go
-    assert isinstance(checked.lm, CpuLM) or not torch.isfinite(checked.lm.append(some_tokens(2, 3))[1]).all()
+    checked.restart(1)  # forgets the row, and does not clean up, unless its blocks or states go
+    assert isinstance(checked.lm, CpuLM | RecurrentLM) or not torch.isfinite(checked.lm.append(some_tokens(2, 3))[1]).all()
     checked.lm.keep([0, 0])
 
 
@@ -202,3 +209,13 @@ def test_buffers_grow_without_losing_what_they_hold(checked: Checked) -> None:
         checked.reserve(rows, 4)
         checked.append(some_tokens(rows, 7), [4] * rows)
         checked.keep([4] * rows)
+
+
+def test_a_slot_may_forget_what_it_has_committed(checked: Checked) -> None:
+    checked.reserve(3, 30)
+    checked.fill([[1, 2, 3], [4, 5, 6, 7, 8], [9]])
+    for left in (4, 2, 0):
+        checked.copy(1, 1, left)
+        checked.append(some_tokens(3, 3, seed=left))
+        checked.keep([1, 2, 0])
+    checked.append(some_tokens(3, 3))

@@ -17,6 +17,7 @@ from specdec.lm.cpu import MOST_TOKENS, CpuLM
 from specdec.lm.native import NativeLM, native_lm
 from specdec.lm.paged import BLOCK, PagedCache
 from specdec.nn import cpu
+from specdec.nn.compiled import VARIANTS
 from specdec.nn.gpt import GPT
 from toys import tiny_gpt
 
@@ -46,7 +47,7 @@ def one_by_one(lm: CachedLM, tokens: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("dtype", cpu.VARIANTS)
+@pytest.mark.parametrize("dtype", VARIANTS)
 def test_logits_are_the_same_bits_however_tokens_are_read(dtype: torch.dtype) -> None:
     lm, tokens = CpuLM(model(dtype)), text(2 * BLOCK + 9)
     alone = one_by_one(lm, tokens)
@@ -106,6 +107,22 @@ def test_rows_share_full_blocks_and_write_only_into_their_own() -> None:
     lm.restart(2, 0)
     lm.fill([text(2 * BLOCK, seed=8)[0].tolist()], first=2)  # anew, over what it shared
     assert torch.equal(lm.append(tokens[:, -1:])[0, 0], expected[-1])
+
+
+def test_a_row_that_forgets_committed_tokens_leaves_alone_what_is_remembered() -> None:
+    tokens = text(2 * BLOCK + 5)
+    lm = CpuLM(model())
+    expected = one_by_one(lm, tokens)
+    lm.reserve(2, CONTEXT)
+    lm.fill([tokens[0, :-1].tolist()])
+    lm.remember(0, tokens[0].tolist())
+    lm.copy(0, 0, BLOCK + 3)
+    lm.append(text(9, seed=9))
+    lm.keep([9])
+    lm.recall(1, tokens[0, :-1].tolist())
+    assert torch.equal(lm.append(tokens[:, 2 * BLOCK :], first=1)[0, -1], expected[-1])
+    lm.copy(0, 0, BLOCK + 3)
+    assert torch.equal(lm.append(tokens[:, BLOCK + 3 :])[0, -1], expected[-1])
 
 
 def test_a_text_that_was_read_before_is_not_read_again() -> None:

@@ -92,7 +92,7 @@ def expected(name: str, model: PreTrainedModel, new: int = NEW) -> list[list[int
 def test_the_text_is_transformers(name: str) -> None:
     model = MODELS[name]()
     texts = expected(name, model)
-    for draft in (None, "ngram", noisy(model, 0.02), model, tiny_gpt(3)):
+    for draft in (None, "suffix", noisy(model, 0.02), model, tiny_gpt(3)):
         for rows in (1, 2, 3):
             output = specdec.generate(
                 model, prompts(name), draft=draft, max_new_tokens=NEW, max_batch_size=rows, num_draft_tokens=4

@@ -11,7 +11,7 @@ from families import BY_NAME, NEW
 
 from specdec import Drafter, Engine
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.lm.base import CachedLM
 from specdec.lm.hf import hf_lm
 from toys import noisy
@@ -27,7 +27,7 @@ def target(name: str) -> CachedLM:
 @cache
 def drafter(name: str, kind: str) -> Drafter:
     if kind == "lookup":
-        return NgramDrafter()
+        return SuffixDrafter()
     return ModelDrafter(hf_lm(noisy(families.model(name), BY_NAME[name].noise)))
 
 

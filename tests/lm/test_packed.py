@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specdec import Engine
+from specdec.checkpoints import load_lm
 from specdec.lm.hf import HFLM
-from specdec.load import load_lm
 from specdec.nn.packed import PackedLinear, can_pack, packed_copy
 
 pytestmark = pytest.mark.skipif(not can_pack(nn.Linear(8, 8)), reason="oneDNN packs nothing here")

@@ -115,6 +115,19 @@ def test_rows_get_the_logits_that_they_get_alone(name: str) -> None:
         found.free(0)
 
 
+@pytest.mark.parametrize("options", [(), ("whole rows",)])
+@pytest.mark.parametrize("name", ["llama", "mamba"])
+def test_a_slot_may_forget_what_it_has_committed(name: str, options: tuple[str, ...]) -> None:
+    found = checked(name, *options)
+    found.reserve(2, 30)
+    found.fill([[1, 2, 3, 4, 5], [6, 7]])
+    for left in (4, 2, 0):
+        found.copy(0, 0, left)
+        found.append(torch.arange(8 + left, 14 + left).view(2, 3))
+        found.keep([2, 1])
+    found.append(torch.arange(6).view(2, 3))
+
+
 @pytest.mark.parametrize("name", ["llama", "mamba", "gpt neo"])
 def test_without_a_cache_too(name: str) -> None:
     found = checked(name, "whole rows")

@@ -1,0 +1,74 @@
+"""What drafters that read a target's features do alike: taking them, and following rows from slot to slot."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from specdec.lm.base import CachedLM
+from specdec.lm.cache import Memory, RaggedCache
+from specdec.sequences import Sequences, Step
+
+_SLACK = 16  # new features of a row that are read side by side with those of others; padding costs little up to here
+_PART = 512  # of one row alone; bounds the memory of a pass
+
+
+class FeatureDrafter(ABC):
+    """A drafter with a cache of its own over the tokens that the target has committed.
+
+    What it takes of a slot are always the features of the last tokens there, all of them if the target has read the row
+    anew. So the place of the first is known, and nothing of a row that is gone is left.
+    """
+
+    def __init__(self, target: CachedLM, layers: tuple[int, ...], memory: Memory | None = None) -> None:
+        target.tap(layers)
+        self.target, self.layers = target, layers
+        self.cache = RaggedCache(target.dtype, target.device)
+        self._memory = self.cache if memory is None else memory
+        self.forward_seconds = 0.0
+        self._rows = 0  # slots that may hold something
+
+    @torch.inference_mode()
+    def reserve(self, rows: int, length: int) -> None:
+        if self.target.tapped != self.layers:  # another drafter has tapped it since
+            self.target.tap(self.layers)
+        self._memory.reserve(rows, min(length, self.target.context) + _SLACK)
+
+    def observe(self, step: Step) -> None:  # noqa: B027
+        """Nothing to learn: what was committed comes as the target's features."""
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        read = self.target.lengths[source]
+        if length is not None:
+            read = max(0, min(read, length - self.target.starts[source]))
+        self._rows = max(self._rows, target + 1)
+        self._memory.copy(source, target, read)
+
+    @torch.inference_mode()
+    def free(self, rows: int) -> None:
+        if rows < self._rows:
+            self._memory.wipe(rows, self._rows)
+            self._rows = rows
+
+    def _take(self, sequences: Sequences) -> list[int]:
+        """Read all features that are new; how many there were of each row."""
+        rows = len(sequences)
+        self._rows = max(self._rows, rows)
+        taken = [self.target.take_features(slot) for slot in range(rows)]
+        counts = list(map(len, taken))
+        begins = [self.target.lengths[slot] - count for slot, count in enumerate(counts)]
+        for slot, features in enumerate(taken):
+            if len(features) > _SLACK:
+                for i, part in enumerate(features.split(_PART)):
+                    self._read(sequences, [part], [begins[slot] + i * _PART], slot)
+                taken[slot], begins[slot] = features[:0], self.target.lengths[slot]
+        if any(map(len, taken)):
+            self._read(sequences, taken, begins, 0)
+        return counts
+
+    @abstractmethod
+    def _read(self, sequences: Sequences, taken: list[Tensor], begins: list[int], first: int) -> None:
+        """Read features [n, F] of rows in slots ``first`` and on, whose first token is at place ``begins[b]``."""

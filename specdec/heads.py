@@ -1,0 +1,87 @@
+"""Feature heads for a target that exists: which kinds there are, and training one for a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from specdec.checkpoints import load_lm, load_model
+from specdec.distill import evaluating
+from specdec.draft import Drafter
+from specdec.drafters.block import BlockDrafter
+from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.tokenmap import most_frequent
+from specdec.engine import Engine
+from specdec.errors import ConfigError
+from specdec.lm.base import CachedLM
+from specdec.nn.block import BlockHead
+from specdec.nn.eagle3 import Eagle3Head
+from specdec.nn.gpt import GPT
+from specdec.nn.heads import FeatureHead
+from specdec.training import data
+from specdec.training.head_trainer import HeadReport, HeadSettings, Model, train_head
+
+
+@dataclass(frozen=True)
+class Kind:
+    """new: an untrained head for a target that guesses these ids only (None: all); drafter: what drafts with a head."""
+
+    new: Callable[[Model, Tensor | None], FeatureHead]
+    drafter: Callable[[Any, CachedLM], Drafter]
+
+
+def _block_head(target: Model, draft_ids: Tensor | None) -> BlockHead:
+    if draft_ids is not None:
+        raise ConfigError("a block drafter guesses every token; leave draft_vocab_size at 0")
+    return BlockHead.for_target(target)
+
+
+HEADS = {"eagle3": Kind(Eagle3Head.for_target, Eagle3Drafter), "block": Kind(_block_head, BlockDrafter)}
+
+
+def train_checkpoint(
+    target: str,
+    kind: str,
+    out: Path | None,
+    text: str,
+    settings: HeadSettings,
+    *,
+    draft_vocab_size: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    fresh: bool = False,
+) -> HeadReport:
+    """Train a head of ``kind`` for a directory or hub id, on "stdlib" or the text below a path, into ``out``.
+
+    draft_vocab_size: guess only so many of the text's most frequent tokens, 0 for all. Raises what ``load`` and
+    ``train_head`` raise, and ``ConfigError`` when ``out`` is in use and not to be replaced (``fresh``).
+    """
+    if kind not in HEADS:
+        raise ConfigError(f"drafter must be one of {', '.join(HEADS)}, got {kind!r}")
+    if out is None:
+        raise ConfigError("a head needs a folder to be kept in; name it with out (--out)")
+    if (out / "config.json").exists() and not fresh:
+        raise ConfigError(f"{out} exists; choose another folder, or replace what is there with fresh=True (--fresh)")
+    model, tokenizer = load_model(target, dtype=dtype, device=device)
+    if not isinstance(model, GPT | PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(f"{target} must be a causal language model with a fast tokenizer (tokenizer.json)")
+    corpus = data.gather("stdlib") if text == "stdlib" else data.gather("path", Path(text))
+    lm = load_lm(model)
+    if draft_vocab_size < 0 or draft_vocab_size > lm.vocab_size:
+        raise ConfigError(f"draft_vocab_size must be from 0 to {lm.vocab_size}, got {draft_vocab_size}")
+    trimmed = 0 < draft_vocab_size < lm.vocab_size
+    ids = most_frequent(data.encode(tokenizer, corpus.training), draft_vocab_size + 1)[:-1] if trimmed else None
+
+    def engine(head: FeatureHead) -> Engine:
+        return Engine(lm, HEADS[kind].drafter(head, lm))
+
+    with evaluating(model):
+        torch.manual_seed(settings.seed)
+        head = HEADS[kind].new(model.requires_grad_(False), ids)
+        return train_head(model, head, tokenizer, corpus, out, settings, engine=engine)

@@ -1,0 +1,79 @@
+/* Vectors of LANES float32 numbers, and the numbers models are made of: bfloat16, or float32 with -DFLOAT32. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t bits __attribute__((vector_size(64), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
+
+#ifdef FLOAT32
+#define PAIR 1 /* neighbouring k of a weight that lie side by side */
+typedef float elem;
+INLINE elem narrow(float x) { return x; }
+INLINE float widen(elem x) { return x; }
+INLINE vec load(const elem *x) { return *(const vec *)x; }
+#else
+#define PAIR 2
+typedef uint16_t elem; /* bfloat16 */
+INLINE elem narrow(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    if (x != x) return 0x7fc0;
+    return (elem)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+INLINE float widen(elem x) {
+    uint32_t u = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &u, 4);
+    return y;
+}
+INLINE vec load(const elem *x) { return (vec)(__builtin_convertvector(*(const halves *)x, bits) << 16); }
+#endif
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE vec spread(float x) { return x - (vec){0}; }
+INLINE vec choose(ints which, vec yes, vec no) { return (vec)((which & (ints)yes) | (~which & (ints)no)); }
+
+INLINE void store(elem *to, vec x) {
+#if defined(FLOAT32)
+    *(vec *)to = x;
+#elif defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    for (int i = 0; i < LANES; i++) to[i] = narrow(x[i]);
+#endif
+}
+
+INLINE float total(vec v) {
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) v[i] += v[i + n];
+    return v[0];
+}
+
+INLINE float largest_of(vec v) {
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) v[i] = v[i] > v[i + n] ? v[i] : v[i + n];
+    return v[0];
+}
+
+INLINE vec exponential(vec x) { /* relative error about 1e-7; NaN stays NaN */
+    x = choose(x > 88.0f, spread(88.0f), x);
+    x = choose(x < -87.0f, spread(-87.0f), x);
+    vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vec)((__builtin_convertvector(n, ints) + 127) << 23);
+}
