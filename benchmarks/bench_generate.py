@@ -1,4 +1,4 @@
-"""How fast is generation: plain, with a draft model, with prompt lookup; batch 1 and 8; greedy and temperature 1."""
+"""How fast is generation: plain, with a draft model, with suffix decoding; batch 1 and 8; greedy and temperature 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEW_TOKENS, ROUNDS = 96, 5
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("method", [bench.PLAIN, "draft model", "prompt lookup"])
+@pytest.mark.parametrize("method", [bench.PLAIN, "draft model", "suffix"])
 def bench_generate(
     benchmark: BenchmarkFixture,
     engine: Engine,

@@ -25,7 +25,7 @@ from specdec import bench, load
 from specdec.bench import Measurement, Method
 from specdec.control import AUTO
 from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.machine import machine
 from specdec.training.data import gather, held_out_prompts
@@ -68,7 +68,7 @@ class Contenders:
             found[f"{name} plain"] = {0: self._own(engine, 0)}
             found[f"{name} draft"] = {AUTO: self._own(engine, AUTO)}
             assert engine.drafter is not None
-            hybrid = HybridDrafter(engine.drafter, NgramDrafter())
+            hybrid = HybridDrafter(engine.drafter, SuffixDrafter())
             both = Engine(engine.target, hybrid, vocab_size=engine.limits.vocab_size)
             found[f"{name} draft + lookup"] = {AUTO: self._own(both, AUTO)}
         return found

@@ -10,7 +10,7 @@ import pytest
 from specdec import bench
 from specdec.demo import demo_pair, fast_dtype_name
 from specdec.draft import Drafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.load import load
 from specdec.training.data import gather, held_out_prompts
@@ -34,7 +34,7 @@ def engine(pair: Path) -> Engine:
 @pytest.fixture(scope="session")
 def drafters(engine: Engine) -> dict[str, Drafter | None]:
     """Everything that may propose tokens here."""
-    return {bench.PLAIN: None, "draft model": engine.drafter, "prompt lookup": NgramDrafter()}
+    return {bench.PLAIN: None, "draft model": engine.drafter, "suffix": SuffixDrafter()}
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,10 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from rich.console import Console
 
+from specdec.checkpoints import load_model
 from specdec.demo import demo_pair, fast_dtype_name
 from specdec.distill import distill
-from specdec.load import load, load_model
+from specdec.load import load
 from specdec.machine import machine
 from specdec.training.data import gather, held_out_prompts
 from specdec.training.distill_recipe import DistillSettings

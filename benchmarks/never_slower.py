@@ -19,14 +19,14 @@ from rich.console import Console
 
 from specdec import bench, load
 from specdec.bench import Method
+from specdec.checkpoints import load_model
 from specdec.control import AUTO
 from specdec.demo import demo_pair, fast_dtype_name
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.lm.native import native_lm
-from specdec.load import load_model
 from specdec.machine import machine
 from specdec.nn.gpt import GPT
 from specdec.training.data import gather, held_out_prompts
@@ -54,7 +54,7 @@ def ways(engine: Engine, useless: ModelDrafter, temperature: float, new_tokens: 
     drafters = {
         "good draft": engine.drafter,
         "useless draft": useless,
-        "draft + lookup": HybridDrafter(engine.drafter, NgramDrafter()),
+        "draft + lookup": HybridDrafter(engine.drafter, SuffixDrafter()),
     }
     methods = {bench.PLAIN: bench.engine_method(engine, num_draft_tokens=0, **given)}
     for name, drafter in drafters.items():
@@ -68,7 +68,7 @@ def ways(engine: Engine, useless: ModelDrafter, temperature: float, new_tokens: 
 def unrepeated(engine: Engine, new_tokens: int) -> dict[str, Method]:
     """Plain decoding and the lookup where it finds nothing."""
     given = {"max_new_tokens": new_tokens, "temperature": NEVER_REPEATS}
-    lookup = Engine(engine.target, NgramDrafter(), vocab_size=engine.limits.vocab_size)
+    lookup = Engine(engine.target, SuffixDrafter(), vocab_size=engine.limits.vocab_size)
     return {
         bench.PLAIN: bench.engine_method(engine, num_draft_tokens=0, **given),
         "lookup, no repetition": bench.engine_method(lookup, num_draft_tokens=AUTO, **given),

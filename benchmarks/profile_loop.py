@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.demo import demo_pair, fast_dtype_name
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.load import load
 from specdec.machine import machine
@@ -31,7 +31,7 @@ def main() -> None:
     prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=16, tokens=128)
     table = Table("drafter", "batch", "T", "ms per step", "target", "draft", "everything else")
     rows = []
-    for name, drafter in {"draft model": engine.drafter, "prompt lookup": NgramDrafter(), "plain": None}.items():
+    for name, drafter in {"draft model": engine.drafter, "suffix": SuffixDrafter(), "plain": None}.items():
         for batch in (1, 16):
             for temperature in (0.0, 1.0):
                 row = measure(Engine(engine.target, drafter), prompts[:batch], temperature)

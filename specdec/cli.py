@@ -343,9 +343,9 @@ def train(
 def distill(
     target: Target,
     out: Annotated[Path, typer.Option(help="Directory for the draft; --draft of generate and bench takes it.")],
-    draft_shape: Annotated[str, typer.Option(help="wide, small, tiny or lstm; wide begins as some layers of the target.")] = (
-        "small"
-    ),
+    draft_shape: Annotated[
+        str, typer.Option(help="wide, small, tiny or lstm; wide begins as some layers of the target.")
+    ] = ("small"),
     data: Text = "stdlib",
     loss: Annotated[
         str, typer.Option(help="lk_hybrid, lk, tv, forward_kl, reverse_kl, or cross_entropy (no teacher).")

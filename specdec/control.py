@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from specdec.costs import Costs
 from specdec.draft import Drafter, Foresight, Outlook
-from specdec.sequences import Sequences, Step
+from specdec.sequences import Row, Sequences, Step
 from specdec.stats import Decisions
 
 AUTO = "auto"
@@ -20,11 +20,21 @@ MOST_DRAFT_TOKENS = 15  # of a draft whose length is chosen; with the last token
 _PRIOR = 0.6  # chance of acceptance of a token of which nothing is known
 _ROW_MEMORY, _COMMON_MEMORY = 0.9, 0.995  # what is left of evidence after each further draft, of one row and of all
 _EVIDENCE = 4.0  # how many drafts' worth of evidence a row needs to be judged by its own past half and half
-_PROBE_SHARE = 0.01  # of the time may go into drafts that are made only to see whether drafting pays again
-_GRACE = 4  # plain steps whose time they may take beyond it, once
-_FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between such drafts; twice as many after each that showed nothing
+_PROBE_SHARE, _LOST_SHARE = 0.01, 0.005  # of all time may be lost by trying, and by drafting that promised to pay
+_GRACE, _MOST_LOST = 4.0, 20.0  # plain steps whose time they may lose beyond it
+_MOST_AT_ONCE = 4.0  # of them, lost by one step; what took longer was disturbed, or is measured again and given up
+_CHECK = 5  # plain steps that are measured before it is believed that drafts lose
+_TRUST = 0.25  # how much of what may be lost must have come together before drafts that lost it are made again
+_FIRST_WAIT, _LONGEST_WAIT = (
+    16,
+    1024,
+)  # steps between drafts that only try; twice as many after each that showed nothing
 _PROBE_STEPS, _PROBE_TOKENS = 4, 2  # of one such try; the first step pays for reading what was not read
-_STAY = 4  # steps that a choice is kept, if nothing but the draft model's past record speaks for another
+_LEAST_READ = 32  # unread tokens that say what reading costs
+_STAY, _LONGEST_STAY = (
+    4,
+    16,
+)  # steps that a choice is kept, if nothing but the draft model's past record speaks for another
 _NEW = 0.05  # weight of the latest step in running means
 _REST, _LONGEST_REST = 3, 24  # steps of plain decoding after it was found best; twice as many each time again
 _LONGEST_DOZE = 12  # the same where a look at the text may change the verdict at any token
@@ -47,6 +57,17 @@ class Experience:
         self._common = self._nothing.copy()
         self._common_known: Table | None = None  # rates of all rows, until more is counted
         self._rows: dict[int, Table] = {}
+
+    @classmethod
+    def of_positions(cls) -> Experience:
+        """Of the positions of a draft of which nothing else is known."""
+        return cls([_PRIOR] * MOST_DRAFT_TOKENS, chain=True)
+
+    def survival(self, ids: Sequence[int], most: Sequence[int], *, pooled: bool = True) -> Table:
+        """Where kinds are positions: the chance that the first 1 .. N of up to ``most[b]`` tokens are right, [B, N]."""
+        found: Table = self.rates(ids, pooled=pooled).cumprod(1)
+        found[np.arange(found.shape[1]) >= np.array(most)[:, None]] = 0
+        return found
 
     def rates(self, ids: Sequence[int], *, pooled: bool = True) -> Table:
         """The chance that the next guess of each kind is right, for every row, [B, N]."""
@@ -71,7 +92,7 @@ class Experience:
         if own is None:
             own = self._rows[row] = self._nothing.copy()
         for table, memory in ((own, _ROW_MEMORY), (self._common, _COMMON_MEMORY)):
-            table *= memory ** (tried > 0)
+            table *= memory ** (1 if self._chain else tried > 0)  # where a chain is not tried, it may have changed
             table[0] += right
             table[1] += tried
         self._common_known = None
@@ -136,50 +157,82 @@ class FixedLength:
         _count(self.decisions, step)
 
 
+class Account:
+    """The seconds that drafts which promised to pay may still lose against plain decoding.
+
+    A share of all time is paid in, and what drafts gain; what they lose is taken out. It holds the time of a few plain
+    steps, so that no loss hides behind gains of long ago, and chance alone seldom empties it.
+    """
+
+    def __init__(self, plain: float) -> None:
+        self.left = _MOST_LOST * plain
+        self.is_spent = False
+        self._tokens = self._seconds = 0.0  # of the steps that drafted since it was full
+
+    def book(self, seconds: float, plain: float, tokens: float | None) -> None:
+        """A step of ``seconds`` where a plain one takes ``plain``; ``tokens`` per row are what it gave, if it drafted."""
+        if tokens is not None:
+            self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+            self.left += tokens * plain - seconds
+        self.left += _LOST_SHARE * seconds
+        if self.left >= _MOST_LOST * plain:
+            self.left, self._tokens, self._seconds = _MOST_LOST * plain, 0.0, 0.0
+        self.is_spent = self.left <= 0 or self.is_spent and self.left < _TRUST * _MOST_LOST * plain
+
+    def settle(self, plain: float) -> None:
+        """A plain step takes ``plain`` seconds, as was just measured: if drafts gained after all, nothing is lost."""
+        if self._tokens * plain > self._seconds:
+            self.left, self.is_spent = _MOST_LOST * plain, False
+        self._tokens = self._seconds = 0.0
+
+
 class Adaptive:
     """Drafts as many tokens as promise the most tokens per second, 0 where none does.
 
-    Knows what a pass over B rows of W tokens and a draft token cost (``Costs``, measured as it goes) and how rows fare
-    (``Experience``, or the drafter's own ``outlook``). Where a draft model does not pay it is tried again now and then,
-    for at most a hundredth of the time.
+    Knows what a pass over B rows of W tokens and their drafts cost (``Costs``, measured as it goes) and how rows fare
+    (``Experience``, or the drafter's own ``outlook``). Whatever is promised, drafts that are measured to lose more than
+    ``Account`` allows are given up. Where a draft model does not pay it is tried again now and then.
     """
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.decisions = Decisions()
-        self._experience = Experience([_PRIOR] * MOST_DRAFT_TOKENS, chain=True)
-        self._elapsed = self._probed = 0.0  # seconds, of all and of what probes cost more than plain steps
+        self._experience = Experience.of_positions()
+        self._account: Account | None = None  # from when on it is known what a plain step takes
+        # Seconds, of all and of what trying took longer than plain decoding, in all and the last time.
+        self._elapsed = self._tried = self._last_try = 0.0
         self._since, self._wait = 0, _FIRST_WAIT  # steps since a model drafted, and until it will be tried
+        self._has_read: set[int] = set()  # the rows whose text the draft model knows but for what came since
         self._probing = 0  # steps of the probe under way that are left
         self._tokens = 1.0  # that a row gained per step, lately
         self._rows = self._length = self._age = self._since_plain = 0
+        self._stay = _STAY
+        self._check = 0  # plain steps to measure before anything else
         self._rest = 0  # steps of plain decoding before anything is thought about again
         self._next_rest = _REST
         self._free = True  # whether rows whose drafts cost passes of a model go without
+        self._tries = False  # whether the draft is made to see what passes cost
         self._runs_model: NDArray[np.bool_] | None = None  # which rows these are; None for none
 
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         rows = len(sequences.rows)
         if rows != self._rows:
-            self._rows, self._age, self._rest, self._next_rest = rows, 0, 0, _REST
-        if self._rest:
-            self._rest -= 1
+            self._rows, self._age, self._rest, self._next_rest, self._stay = rows, 0, 0, _REST, _STAY
+        if self._check or self._rest:
+            self._check, self._rest = max(0, self._check - 1), max(0, self._rest - 1)
             return [0] * rows
-        limits = [min(limit, MOST_DRAFT_TOKENS) for limit in sequences.draft_limits()]
         self._age -= 1
         foresight: Foresight | None = drafter if hasattr(drafter, "outlook") else None  # type: ignore[assignment]
-        if self._age < 0 or foresight is not None:
-            self._decide(self._outlook(sequences, foresight, limits))
-            if self._length:
-                self._next_rest = _REST
-            elif self._since_plain < _REFRESH and self.costs.knows(rows, 1):
-                self._experience.fade(row.id for row in sequences.rows)
-                self._rest, self._age = self._next_rest, 0
-                self._next_rest = min(2 * self._next_rest, _LONGEST_REST if foresight is None else _LONGEST_DOZE)
+        is_new = self._age < 0 or foresight is not None
+        if not is_new and not self._length and self._runs_model is None:
+            return [0] * rows
+        limits = [min(limit, MOST_DRAFT_TOKENS) for limit in sequences.draft_limits()]
+        if is_new:
+            self._decide(sequences, foresight, limits)
         free, length = self._free, self._length
         if not free and length:
             self._probing = 0
-        elif max(limits) and self._runs_model is not None and (self._probing or self._may_probe()):
+        elif max(limits) and self._runs_model is not None and (self._probing or self._may_probe(sequences)):
             if not self._probing:
                 self._probing, self._wait = _PROBE_STEPS, min(2 * self._wait, _LONGEST_WAIT)
             self._probing, self._rest = self._probing - 1, 0
@@ -190,98 +243,144 @@ class Adaptive:
         return [0 if model else min(length, limit) for limit, model in zip(limits, models, strict=True)]
 
     def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
-        self._elapsed += draft_seconds + step_seconds
         _count(self.decisions, step)
         self._since += 1
         if not self._rest:  # nothing is decided before the last step of one
             self._learn(step, draft_seconds, step_seconds)
-        self._experience.forget(step.rows[slot].id for slot in step.finished)
+        elif self._account is not None:
+            plain = float(self.costs.passes(len(step.rows), 0)[0])
+            self._elapsed += plain
+            self._account.book(plain, plain, None)
+        ended = [step.rows[slot].id for slot in step.finished]
+        self._experience.forget(ended)
+        self._has_read.difference_update(ended)
 
     def _learn(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
         width, rows = max(step.drafted), len(step.rows)
-        catches_up = draft_seconds > 0 and self._since > 1  # a model that reads what was written without it
-        if not catches_up:
-            if draft_seconds:
-                self.costs.count_draft(rows, draft_seconds / max(width, 1))
-            # Rows that draft less are read less, so what counts is how much a row drafts on average.
-            self.costs.count_pass(rows, 1 + -(-sum(step.drafted) // rows), step_seconds)
+        tokens = sum(step.committed) / rows
+        unread = self._unread(step.rows) if draft_seconds else 0
+        mean = -(-sum(step.drafted) // rows)  # rows that draft less are read less
+        if unread >= _LEAST_READ:
+            expected = min(draft_seconds, float(self.costs.drafts(rows, width)[width]))
+            self.costs.count_reading((draft_seconds - expected) / unread)
+        elif draft_seconds and not unread:
+            self.costs.count_draft(rows, width, draft_seconds)
+        self.costs.count_pass(rows, 1 + mean, step_seconds)
         for row, drafted, accepted in zip(step.rows, step.drafted, step.accepted, strict=True):
             if drafted:
                 self._experience.count_chain(row.id, drafted, accepted)
         self._since_plain = self._since_plain + 1 if width else 0
-        self._tokens += _NEW * (sum(step.committed) / rows - self._tokens)
+        self._tokens += _NEW * (tokens - self._tokens)
+        is_try = bool(width) and (self._tries or draft_seconds > 0 and (self._free or not self._length))
+        self.decisions.probes += is_try
         if draft_seconds:
             self._since = 0
-            if self._free or not self._length:
-                if self.costs.knows(rows, 1):  # rows may have left since the probe began
-                    self._probed += max(0.0, draft_seconds + step_seconds - self.costs.passes(rows, 0)[0])
-                self.decisions.probes += 1
-            else:
-                self._wait = _FIRST_WAIT
+            self._has_read = {row.id for row in step.rows}
+        if not self.costs.knows(rows, 1):
+            return
+        # What the machine does besides disturbs single steps, long ones more often, so accounts are kept in usual seconds.
+        plain = float(self.costs.passes(rows, 0)[0])
+        usual = float(self.costs.passes(rows, mean)[mean])
+        usual += float(self.costs.drafts(rows, width)[width]) if draft_seconds else 0.0
+        usual = min(usual, draft_seconds + step_seconds, (tokens + _MOST_AT_ONCE) * plain)
+        self._elapsed += usual
+        if is_try:
+            self._last_try = max(0.0, usual + self.costs.reading * unread - tokens * plain)
+            self._tried += self._last_try
+        else:  # what a draft model had to read was weighed before
+            self._wait = _FIRST_WAIT if draft_seconds else self._wait
+            self._book(usual, plain, tokens if width else None)
 
-    def _outlook(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> Outlook:
-        if foresight is not None:
-            return foresight.outlook(sequences, limits, self._price())
-        survival = self._experience.rates([row.id for row in sequences.rows]).cumprod(1)
-        survival[np.arange(MOST_DRAFT_TOKENS) >= np.array(limits)[:, None]] = 0
-        return Outlook(survival, np.ones(len(limits), dtype=bool))
+    def _book(self, seconds: float, plain: float, tokens: float | None) -> None:
+        """Note a step that was no try; where drafts have lost too much, measure plain decoding before that is believed."""
+        if self._account is None:
+            self._account = Account(plain)
+        self._account.book(seconds, plain, tokens)
+        if not self._account.is_spent or self._check:
+            return
+        if tokens is not None:
+            self._check, self._age = _CHECK, 0
+        else:
+            self._account.settle(plain)
+
+    def _unread(self, rows: Sequence[Row]) -> int:
+        """About how many tokens a draft model has to read before it can draft as usual."""
+        return sum(self._since - 1 if row.id in self._has_read else len(row.tokens) for row in rows)
 
     def _price(self) -> float:
         """What the time of one draft token of a model could have brought instead, in tokens per row."""
         if not self.costs.knows(self._rows, 1):
             return 0.0
-        return float(self.costs.draft(self._rows) / self.costs.passes(self._rows, 0)[0] * self._tokens)
+        return float(self.costs.drafts(self._rows, 1)[1] / self.costs.passes(self._rows, 0)[0] * self._tokens)
 
-    def _decide(self, outlook: Outlook) -> None:
+    def _decide(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> None:
         """Choose the length of the next drafts, and how many steps to stay with it."""
+        ids = [row.id for row in sequences.rows]
+        if foresight is not None:
+            outlook = foresight.outlook(sequences, limits, self._price())
+        else:
+            outlook = Outlook(self._experience.survival(ids, limits), np.ones(len(limits), dtype=bool))
+        before = self._length, self._free
+        self._length, self._free, self._tries = self._best(sequences, outlook)
+        self._stay = min(2 * self._stay, _LONGEST_STAY) if (self._length, self._free) == before else _STAY
+        is_settled = self._since_plain < _REFRESH and self.costs.knows(self._rows, 1 + self._length)
+        self._age = self._stay if is_settled and not self._tries else 0
+        if self._length:
+            self._next_rest = _REST
+        elif self._since_plain < _REFRESH and self.costs.knows(self._rows, 1):
+            self._experience.fade(ids)
+            self._rest, self._age = self._next_rest, 0
+            self._next_rest = min(2 * self._next_rest, _LONGEST_REST if foresight is None else _LONGEST_DOZE)
+
+    def _best(self, sequences: Sequences, outlook: Outlook) -> tuple[int, bool, bool]:
+        """The length that promises most, whether only drafts that cost nothing are made, and whether it is but a try."""
         self._runs_model = outlook.runs_model if outlook.runs_model.any() else None
         most = int((outlook.survival > 0).sum(1).max(initial=0))
-        self._length, self._free = self._unmeasured(most) or self._best(outlook, most)
-        self._age = _STAY if self._since_plain < _REFRESH else 0
-
-    def _unmeasured(self, most: int) -> tuple[int, bool] | None:
-        """The length to try because nothing is known of passes over that many rows; None when enough is."""
-        if self._since_plain >= _REFRESH or not self.costs.knows(self._rows, 1):
-            return 0, True
-        length = min(DEFAULT_DRAFT_TOKENS, most)
-        if length and not self.costs.knows_wider(self._rows):
-            return length, self._runs_model is None
-        return None
-
-    def _best(self, outlook: Outlook, most: int) -> tuple[int, bool]:
-        """The length that promises most, and whether only drafts that cost nothing are to be made."""
-        passes = self._passes(outlook.survival > 0, most)
-        free_passes = self._passes((outlook.survival > 0) & ~outlook.runs_model[:, None], most)
-        plain = self._rows / passes[0]
-        best, found = plain * _WORTH, (0, True)
-        free = outlook.survival[~outlook.runs_model].sum(0)[:most]
-        rates = (self._rows + np.concatenate([[0], free.cumsum()])) / free_passes
-        if rates.max() > best:
-            best, found = float(rates.max()), (int(rates.argmax()), True)
+        if not most or self._since_plain >= _REFRESH or not self.costs.knows(self._rows, 1):
+            return 0, True, False
+        widest = self.costs.widest(self._rows)
+        tries = widest == 1
+        if self._account is not None and self._account.is_spent or tries and not self._affords(self._last_try):
+            return 0, True, False
+        most = min(most, _PROBE_TOKENS if tries else 2 * widest)  # costs far beyond what was measured are but guesses
+        plain = float(self.costs.passes(self._rows, 0)[0]) / self._rows  # seconds per token
+        free = self._seconds_per_token(outlook, most, ~outlook.runs_model)
+        found, best, is_free = int(free.argmin()), float(free.min()), True
         if self._runs_model is not None:
-            gained = np.concatenate([[0], outlook.survival.sum(0)[:most].cumsum()])
-            drafting = self.costs.draft(self._rows) * np.arange(most + 1)
-            rates = (self._rows + gained) / (passes + drafting)
-            rates[0] = 0
-            if rates.max() > best:
-                best, found = float(rates.max()), (int(rates.argmax()), False)
-        self.decisions.expected, self.decisions.plain = float(max(best, plain)), float(plain)
+            left = sum(max(1, row.remaining) for row in sequences.rows)
+            reading = self.costs.reading * self._unread(sequences.rows) / left
+            both = self._seconds_per_token(outlook, most, np.ones_like(outlook.runs_model)) + reading
+            if both[1:].min(initial=np.inf) < best:
+                found, best, is_free = int(both[1:].argmin()) + 1, float(both[1:].min()), False
+        self.decisions.expected, self.decisions.plain = 1 / min(best, plain), 1 / plain
+        return (found, is_free, tries) if found and best * _WORTH < plain else (0, True, False)
+
+    def _seconds_per_token(self, outlook: Outlook, most: int, drafted: NDArray[np.bool_]) -> Table:
+        """Seconds per token with drafts of 0 .. ``most`` tokens for the rows that are ``drafted`` for."""
+        survival = outlook.survival[drafted, :most]
+        gained = np.concatenate([[0], survival.sum(0).cumsum()])
+        # Not every row has so many, and what rows draft on average is what counts.
+        mean = np.concatenate([[0], (survival > 0).sum(0).cumsum() / self._rows])
+        seconds = np.interp(mean, np.arange(most + 1), self.costs.passes(self._rows, most))
+        if (outlook.runs_model & drafted).any():
+            seconds += self.costs.drafts(self._rows, most)
+        found: Table = seconds / (self._rows + gained)
         return found
 
-    def _passes(self, drafted: NDArray[np.bool_], most: int) -> Table:
-        """Seconds of passes that check the first 0 .. ``most`` tokens of drafts [B, K]; not every row has so many."""
-        curve = self.costs.passes(self._rows, most)
-        mean = np.concatenate([[0], drafted[:, :most].sum(0).cumsum() / self._rows])
-        found: Table = np.interp(mean, np.arange(most + 1), curve)
-        return found
-
-    def _may_probe(self) -> bool:
-        """Whether it is time to see how drafts fare, and time enough has passed to afford it."""
+    def _may_probe(self, sequences: Sequences) -> bool:
+        """Whether it is time to see how drafts fare, and there is time enough to lose."""
         if self._since < self._wait or not self.costs.knows(self._rows, 1):
             return False
         passes = self.costs.passes(self._rows, _PROBE_TOKENS)
-        cost = _PROBE_STEPS * (_PROBE_TOKENS * self.costs.draft(self._rows) + passes[-1] - passes[0])
-        return bool(self._probed + cost <= _PROBE_SHARE * self._elapsed + _GRACE * passes[0])
+        drafting = self.costs.drafts(self._rows, _PROBE_TOKENS)[_PROBE_TOKENS]
+        tokens = 1 + self._experience.survival([-1], [_PROBE_TOKENS]).sum()  # as rows fare on the whole
+        cost = _PROBE_STEPS * max(0.0, drafting + passes[-1] - tokens * passes[0])
+        return self._affords(cost + self.costs.reading * self._unread(sequences.rows))
+
+    def _affords(self, seconds: float) -> bool:
+        """Whether a try may lose so much."""
+        allowed = _PROBE_SHARE * self._elapsed + _GRACE * float(self.costs.passes(self._rows, 0)[0])
+        return self._tried + seconds <= allowed
 
 
 def _count(decisions: Decisions, step: Step) -> None:

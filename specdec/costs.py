@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_LATEST = 5  # measurements of each cell
+_LATEST = 7  # measurements of each cell
 _REMEMBERED = 3  # of another program
 _ENOUGH = 2  # the first pass of a shape may pay for its preparation
 _OLD = 256  # measurements after which one that was not repeated counts no more
@@ -26,7 +26,7 @@ _SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512,
 
 
 class Cell:
-    """The latest measurements of one thing, and what is typical: little above the least, as disturbances only add."""
+    """The latest measurements of one thing, and what is typical: below their median, as disturbances only add."""
 
     def __init__(self, seconds: Iterable[float] = ()) -> None:
         self.latest = deque(seconds, maxlen=_LATEST)
@@ -41,7 +41,7 @@ class Cell:
 
 
 def _typical(seconds: deque[float]) -> float:
-    return sorted(seconds)[(len(seconds) - 1) // 4] if seconds else 0.0
+    return sorted(seconds)[(len(seconds) - 1) // 3] if seconds else 0.0
 
 
 class Costs:
@@ -49,17 +49,22 @@ class Costs:
 
     def __init__(self) -> None:
         self._passes: dict[int, dict[int, Cell]] = {}  # rows -> width -> seconds
-        self._drafts: dict[int, Cell] = {}  # rows -> seconds per token
-        self._curves: dict[tuple[int, int], tuple[int, NDArray[np.float64]]] = {}
+        self._drafts: dict[int, dict[int, Cell]] = {}  # rows -> tokens -> seconds
+        self._reading = Cell()
+        self._curves: dict[tuple[str, int, int], tuple[int, NDArray[np.float64]]] = {}
         self._count = 0
 
     def count_pass(self, rows: int, width: int, seconds: float) -> None:
         """Add a step over ``rows`` rows of ``width`` tokens each."""
         self._add(self._passes.setdefault(_size(rows), {}).setdefault(width, Cell()), seconds)
 
-    def count_draft(self, rows: int, seconds: float) -> None:
-        """Add the drafting of one token for ``rows`` rows."""
-        self._add(self._drafts.setdefault(_size(rows), Cell()), seconds)
+    def count_draft(self, rows: int, tokens: int, seconds: float) -> None:
+        """Add the drafting of ``tokens`` tokens for each of ``rows`` rows."""
+        self._add(self._drafts.setdefault(_size(rows), {}).setdefault(tokens, Cell()), seconds)
+
+    def count_reading(self, seconds: float) -> None:
+        """Add what a draft model took for each token that it had to read before it could draft."""
+        self._add(self._reading, seconds)
 
     def _add(self, cell: Cell, seconds: float) -> None:
         self._count += 1
@@ -70,61 +75,77 @@ class Costs:
         cell = self._passes.get(_size(rows), {}).get(width)
         return cell is not None and len(cell.latest) >= _ENOUGH
 
-    def knows_wider(self, rows: int) -> bool:
-        """Whether any pass that checked drafts was."""
+    def widest(self, rows: int) -> int:
+        """Tokens per row of the widest passes that were, 1 if none were that checked drafts."""
         cells = self._passes.get(_size(rows), {})
-        return any(width > 1 and len(cell.latest) >= _ENOUGH for width, cell in cells.items())
+        return max((width for width, cell in cells.items() if len(cell.latest) >= _ENOUGH), default=1)
+
+    @property
+    def reading(self) -> float:
+        """Seconds for each token that a draft model has to read before it can draft; 0 while nothing is known."""
+        return self._reading.typical
 
     def passes(self, rows: int, most: int) -> NDArray[np.float64]:
         """Seconds of passes over 1 .. ``most + 1`` tokens of each row; never less for more tokens."""
-        key = (_size(rows), most)
+        return self._curve("passes", _size(rows), most)
+
+    def drafts(self, rows: int, most: int) -> NDArray[np.float64]:
+        """Seconds of drafting 0 .. ``most`` tokens for each of ``rows`` rows; 0 while nothing is known."""
+        if not self._drafts:
+            return np.zeros(most + 1)
+        return self._curve("drafts", min(self._drafts, key=lambda size: abs(size - rows)), most)
+
+    def _curve(self, what: str, size: int, most: int) -> NDArray[np.float64]:
+        key = (what, size, most)
         made, curve = self._curves.get(key, (-_FRESH, None))
         if curve is None or self._count - made >= _FRESH:
-            curve = _interpolated(self._fresh(key[0]), most)
+            if what == "passes":
+                curve = _interpolated(self._fresh(self._passes[size]), np.arange(1, most + 2))
+            else:
+                curve = _interpolated({0: 0.0} | self._fresh(self._drafts[size]), np.arange(most + 1))
             self._curves[key] = (self._count, curve)
         return curve
 
-    def _fresh(self, size: int) -> dict[int, float]:
+    def _fresh(self, cells: dict[int, Cell]) -> dict[int, float]:
         """Typical seconds by width; without what was last measured long ago, so that it will be tried again."""
-        cells = self._passes[size]
         fresh = {w: cell.typical for w, cell in cells.items() if w == 1 or self._count - cell.when < _OLD}
         return fresh if len(fresh) > 1 else {width: cell.typical for width, cell in cells.items()}
 
-    def draft(self, rows: int) -> float:
-        """Seconds of one draft token for that many rows; 0 while nothing is known."""
-        if not self._drafts:
-            return 0.0
-        return self._drafts[min(self._drafts, key=lambda size: abs(size - rows))].typical
-
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        passes = {
-            rows: {w: list(cell.latest)[-_REMEMBERED:] for w, cell in cells.items()}
-            for rows, cells in self._passes.items()
-        }
+        tables = {"passes": self._passes, "drafts": self._drafts, "reading": {0: {0: self._reading}}}
         return {
-            "passes": passes,
-            "drafts": {rows: list(cell.latest)[-_REMEMBERED:] for rows, cell in self._drafts.items()},
+            name: {
+                rows: {width: list(cell.latest)[-_REMEMBERED:] for width, cell in cells.items()}
+                for rows, cells in table.items()
+            }
+            for name, table in tables.items()
         }
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Costs:
         """What ``as_dict`` gave, perhaps by way of JSON."""
         costs = cls()
-        for rows, cells in given["passes"].items():
-            costs._passes[int(rows)] = {int(width): Cell(map(float, latest)) for width, latest in cells.items()}
-        costs._drafts = {int(rows): Cell(map(float, latest)) for rows, latest in given["drafts"].items()}
+        costs._passes, costs._drafts, reading = (_cells(given[name]) for name in ("passes", "drafts", "reading"))
+        costs._reading = reading[0][0]
         return costs
 
 
-def _interpolated(cells: dict[int, float], most: int) -> NDArray[np.float64]:
-    """Seconds of passes over 1 .. ``most + 1`` tokens, along lines between what was measured, and on from there."""
+def _cells(given: dict[Any, dict[Any, list[float]]]) -> dict[int, dict[int, Cell]]:
+    return {
+        int(rows): {int(width): Cell(map(float, latest)) for width, latest in cells.items()}
+        for rows, cells in given.items()
+    }
+
+
+def _interpolated(cells: dict[int, float], wanted: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Seconds of passes over the ``wanted`` numbers of tokens, along lines between what was measured, and on from there."""
     widths, seconds = np.array(sorted(cells.items())).T
-    seconds = np.maximum.accumulate(seconds)
-    wanted = np.arange(1, most + 2)
+    seconds = np.minimum.accumulate(seconds[::-1])[::-1]  # what took longer for fewer tokens was disturbed
     found: NDArray[np.float64] = np.interp(wanted, widths, seconds)
     if len(widths) > 1:
-        slope = (seconds[-1] - seconds[0]) / (widths[-1] - widths[0])
+        first = int(len(widths) > 2)  # a pass that checks nothing does without some of the work
+        slope = (seconds[-1] - seconds[first]) / (widths[-1] - widths[first])
         found += slope * np.maximum(0, wanted - widths[-1])
     return found
 

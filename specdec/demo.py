@@ -14,8 +14,9 @@ from rich.text import Text
 from specdec import bench
 from specdec.draft import Drafter
 from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
+from specdec.errors import ConfigError
 from specdec.load import accepted_length, load
 from specdec.machine import cache_directory
 from specdec.picture import draw
@@ -24,6 +25,7 @@ from specdec.training.data import gather, held_out_prompts
 from specdec.training.optimizer import fast_dtype
 from specdec.training.recipe import Recipe, parse_recipe
 from specdec.training.trainer import train
+from specdec.tuned import LOOKUP
 
 BATCHES = (1, 8)
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 96, 3
@@ -52,6 +54,16 @@ def demo_pair(console: Console | None = None) -> Path:
     console.print(f"   into {pair} (minutes, once; Ctrl-C saves a checkpoint and the next run goes on from it)")
     train(recipe, pair, decode=accepted_length)
     return pair
+
+
+def pair_or_demo(target: str | None, draft: Sequence[str] | None) -> tuple[str, str | list[str]]:
+    """A user's pair as ``load`` takes it; the demo's where none is named. Raises ``ConfigError`` for half a pair."""
+    if target is None and not draft:
+        pair = demo_pair()
+        return str(pair / "target"), str(pair / "draft")
+    if target is None or not draft:
+        raise ConfigError(f'a pair is a target and a draft (a model or "{LOOKUP}"), got {target=} and {draft=}')
+    return target, draft[0] if len(draft) == 1 else list(draft)
 
 
 def demo(picture: Path, console: Console) -> None:
@@ -92,10 +104,10 @@ def measure(
 
 
 def ways_to_guess(engine: Engine) -> dict[str, Drafter]:
-    """The engine's own draft model, prompt lookup, and both."""
+    """The engine's own draft model, suffix decoding, and both."""
     assert engine.drafter is not None
-    both = HybridDrafter(engine.drafter, NgramDrafter())
-    return {"draft model": engine.drafter, "prompt lookup": NgramDrafter(), "both": both}
+    both = HybridDrafter(engine.drafter, SuffixDrafter())
+    return {"draft model": engine.drafter, "suffix": SuffixDrafter(), "both": both}
 
 
 def check(pair: Path, prompts: Sequence[Sequence[int]], found: Sequence[bench.Measurement], console: Console) -> None:

@@ -20,11 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from specdec.checkpoints import ModelLike
 from specdec.draft import Drafter
 from specdec.engine import Engine, Piece
 from specdec.errors import ConfigError, PromptError
 from specdec.lm.base import CachedLM
-from specdec.load import ModelLike, load
+from specdec.load import load
 from specdec.requests import Settings
 from specdec.stats import Stats
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from specdec.bench import PARTS, PLAIN, Measurement, kind_of_text
 from specdec.limit import Limit
+from specdec.machine import machine
 from specdec.picture import draw_sweep
 
 NAME = "report"
@@ -31,6 +32,12 @@ img {{ max-width: 100%; }}
 {tables}
 </body></html>
 """
+
+
+def write_figures(file: Path, figures: Mapping[str, Any]) -> None:
+    """A study's figures as JSON, with the machine they were made on; the folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

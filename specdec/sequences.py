@@ -154,12 +154,12 @@ class Sequences:
 
     def begin_step(self) -> None:
         """Gather what a step needs of its rows: the one host-to-device copy."""
-        columns = [[row.tokens[-1], row.request.seed, len(row.tokens)] for row in self.rows]
-        table = torch.tensor(columns, dtype=torch.long).to(self.device)
-        self.last_tokens = table[:, :1]
+        columns = zip(*((row.tokens[-1], row.request.seed, len(row.tokens)) for row in self.rows), strict=True)
+        last_tokens, seeds, starts = torch.tensor(list(columns), dtype=torch.long).to(self.device).unbind()
+        self.last_tokens = last_tokens.unsqueeze(1)
         self._groups = same_filters([row.filters for row in self.rows])
         self.greedy = all(by.greedy for by in self._groups)
-        self.randomness = Randomness(table[:, 1], table[:, 2], coupled=self.coupled, constant=self.greedy)
+        self.randomness = Randomness(seeds, starts, coupled=self.coupled, constant=self.greedy)
         self._reads_prefix = [b for b, row in enumerate(self.rows) if row.processors]
 
     @property

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from specdec import bench
 from specdec.bench import PLAIN, Measurement, Method, Run
+from specdec.checkpoints import checkpoint_directory
 from specdec.control import AUTO
 from specdec.engine import Engine
 from specdec.errors import ConfigError, PeerError
-from specdec.load import checkpoint_directory, load
+from specdec.load import load
 from specdec.peers import PeerProcess, find_peers, peer_process
 from specdec.sampling import MAX_DRAFT_TOKENS
 from specdec.tuned import LOOKUP
@@ -79,9 +80,9 @@ def engines(
 ) -> tuple[Engine, dict[str, Drafting]]:
     """The target's engine without a drafter, and those with one, by name.
 
-    Prompt lookup needs no model and is always among them, alone and with every model that was given.
+    Suffix decoding needs no model and is always among them, alone and with every model that was given.
     """
-    plain = load(model, dtype=dtype, device=device)
+    plain = load(model, draft=None, dtype=dtype, device=device)
     found: dict[str, Drafting] = {}
     models = [draft for draft in dict.fromkeys(drafts) if draft != LOOKUP]
     for name, draft in zip(_short_names(models), models, strict=True):

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from specdec.bench import PLAIN, Measurement
+from specdec.checkpoints import checkpoint_directory
 from specdec.control import AUTO
 from specdec.errors import ConfigError
-from specdec.load import checkpoint_directory
 from specdec.tuned import FILE, LOOKUP, Choice, Tuned, fingerprint
 
 CLEARLY = 1.03  # how much faster than a length chosen as it goes a fixed one must be

@@ -22,7 +22,7 @@ from specdec.errors import ConfigError
 from specdec.requests import Prompts, Settings
 
 FILE, WORD = "specdec-tune.json", "tuned"
-LOOKUP = "ngram"  # the one name of a drafter that is no model
+LOOKUP = "suffix"  # the one name of a drafter that is no model
 _NO_SETTINGS = ("attention_mask", "on_piece")  # arguments of a call that are no ``Settings``
 _SAMPLE = 1 << 16  # bytes of every weight file that tell models of one shape apart
 

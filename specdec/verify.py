@@ -13,11 +13,13 @@ the first i draft tokens. Every rule keeps exactly the target's law; greedy is a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from specdec import draws
 from specdec.draft import Draft
 from specdec.sampling import Randomness, one_hot, race
 
@@ -32,6 +34,22 @@ class Verdict(NamedTuple):
 Rule = Callable[[Tensor, Draft, Randomness], Verdict]
 
 
+def _compiled_first(rule: Rule) -> Rule:
+    """The same rule, by draws.c where that is sure to find what ``rule`` does."""
+
+    @wraps(rule)
+    def judge(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Verdict:
+        if isinstance(randomness, Randomness) and not randomness.constant:
+            given = (draft.tokens, draft.lengths, draft.probs, randomness.seeds, randomness.starts)
+            found = draws.verdict(rule.__name__, target_probs, *given)
+            if found is not None:
+                return Verdict(*found)
+        return rule(target_probs, draft, randomness)
+
+    return judge
+
+
+@_compiled_first
 def rejection(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Verdict:
     """Accept each token with probability min(1, target / draft); stop at the first refusal."""
     if not draft.tokens.shape[1]:
@@ -42,6 +60,7 @@ def rejection(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Ver
     return _close(target_probs, draft, randomness, accepted, scale)
 
 
+@_compiled_first
 def block(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Verdict:
     """Accept the longest prefix whose own coin succeeds; a failed coin does not end the search."""
     if not draft.tokens.shape[1]:
@@ -53,6 +72,7 @@ def block(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Verdict
     return _close(target_probs, draft, randomness, accepted, scale)
 
 
+@_compiled_first
 def coupled(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Verdict:
     """Draw every position as plain sampling would, with its own noise; keep the draft while it agrees."""
     rows, positions, vocab_size = target_probs.shape
@@ -66,6 +86,9 @@ def greedy(largest: Tensor, draft: Draft) -> Verdict:
     """What all rules do with one-hot laws, given their tokens [B, K+1]: keep the draft while it is what they say."""
     if not draft.tokens.shape[1]:
         return Verdict(torch.zeros_like(largest[:, 0]), largest[:, 0])
+    found = draws.greedy(draft.tokens, draft.lengths, largest)
+    if found is not None:
+        return Verdict(*found)
     accepted = leading((largest[:, :-1] == draft.tokens) & draft.is_drafted)
     return Verdict(accepted, largest.gather(1, accepted.unsqueeze(1)).squeeze(1))
 

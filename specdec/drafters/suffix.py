@@ -1,4 +1,8 @@
-"""Suffix decoding (Oliaro et al. 2024, arXiv 2411.04975): what most often followed the end of the row's text before."""
+"""Suffix decoding (Oliaro et al. 2024, arXiv 2411.04975): what most often followed the end of the row's text before.
+
+Unlike there, later occurrences count more (the automaton's half-life), a guess that reaches the text's end goes on with
+what followed shorter ends of it, and a draft is as long as whoever asks wants: the engine's controller knows costs.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,8 @@ class SuffixDrafter:
     """Follows the likeliest continuation of the row's text, by counts over all its repetitions; needs no model.
 
     Every end of the text that occurred before proposes at most ``factor`` times as many tokens as it is long; the
-    proposal of which most tokens should be right wins. Guesses are judged by what the text became, proposed or not.
+    proposal of which most tokens should be right wins. Where it is asked what guesses are worth, they are judged by what
+    the text became, proposed or not.
 
     With ``share`` the outputs of earlier calls and rows, up to a bound, are looked up as well. What a row is proposed
     then depends on what came before it; its law does not, and under the rule "coupled" its text does not either.
@@ -55,7 +60,7 @@ class SuffixDrafter:
             raise ConfigError(f"factor must be > 0, got {factor!r}; 1 is cautious, math.inf sets no bound")
         self.factor = factor
         self.experience = Experience(_PRIORS)
-        self.guesses: list[Guess] | None = None  # of the step under way
+        self.guesses: list[Guess] | None = None  # of the step under way, if it was asked what they are worth
         self._texts: dict[int, _Text] = {}
         self._store = _Store() if share else None
 
@@ -63,8 +68,8 @@ class SuffixDrafter:
         """Nothing to do: the index grows with its rows."""
 
     def look(self, rows: Sequence[Row], most: Sequence[int]) -> list[Guess]:
-        """A guess of up to ``most[b]`` tokens for each row; kept until ``observe``."""
-        self.guesses = [self._guess(row, count) for row, count in zip(rows, most, strict=True)]
+        """A guess of up to ``most[b]`` tokens for each row; kept until ``observe``, which judges it."""
+        self.guesses = self._look(rows, most)
         return self.guesses
 
     def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
@@ -83,7 +88,7 @@ class SuffixDrafter:
         return found
 
     def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
-        guesses = self.look(sequences.rows, lengths) if self.guesses is None else self.guesses
+        guesses = self._look(sequences.rows, lengths) if self.guesses is None else self.guesses
         tokens = [guess.tokens[:length] for guess, length in zip(guesses, lengths, strict=True)]
         return Draft.certain(tokens, sequences.device)
 
@@ -107,6 +112,9 @@ class SuffixDrafter:
             self.experience.forget(list(self._texts))
             self._texts.clear()
             self.guesses = None
+
+    def _look(self, rows: Sequence[Row], most: Sequence[int]) -> list[Guess]:
+        return [self._guess(row, count) for row, count in zip(rows, most, strict=True)]
 
     def _guess(self, row: Row, most: int) -> Guess:
         """The better of what the row's own text and the store say; its own where they are equal."""

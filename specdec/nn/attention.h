@@ -1,20 +1,14 @@
 /* Causal attention inside documents, for training on CPU, forward and backward; a part of train.c.
  *
- * By blocks of 64 queries and keys, none of which lies above the diagonal or outside its document; attention weights are
- * computed again for the backward pass (FlashAttention, Dao et al. 2022). Scores lie transposed, [keys, queries], so that
- * all that is done with them is done for LANES queries at once. Every document and head is one thread's work.
- *
- * A weight [n, k] of a product lies in blocks of LANES n; in a block, for every PAIR of k, LANES times those PAIR numbers:
- * what one instruction multiplies.
+ * By blocks of 64 queries and keys, none of which lies above the diagonal or outside its document; attention weights
+ * are computed again for the backward pass (FlashAttention, Dao et al. 2022). Scores lie transposed, [keys, queries],
+ * so that all that is done with them is done for LANES queries at once. Every document and head is one thread's work.
  *
  * Shapes: N tokens of all documents, H query heads, G key/value heads, D head size, a multiple of 2 LANES.
  */
 #include <omp.h>
 
-#include "vectors.h"
-
-#define BLOCK 64 /* queries or keys */
-#define TILE 6   /* rows of a product for whose sums with 4 LANES columns there are registers */
+#include "products.h"
 
 /* Whether products are worth doing here: they are written for 32 registers of 512 bits. */
 int64_t wide(void) {
@@ -42,41 +36,43 @@ typedef struct {
 
 typedef struct { /* one document, one head */
     int64_t begin, length, head, group;
-    elem *keys;                     /* [length, D], turned */
-    elem *keys_across;              /* [blocks, D, BLOCK] */
-    elem *values_across;            /* the same */
-    elem *queries, *gradients;      /* BLOCK queries, and what comes back to them, as a weight [queries, D] */
+    elem *keys;                          /* [length, D], turned */
+    elem *kept_across;                   /* [blocks, D, BLOCK]: values, or turned keys in the backward pass */
+    elem *queries, *gradients;           /* BLOCK queries, and what comes back to them, as a weight [queries, D] */
     elem *queries_down, *gradients_down; /* as a weight [D, queries] */
-    elem *weights, *slopes;         /* [keys, queries] of a pair of blocks */
-    elem *packed;                   /* weights or slopes as a weight [queries, keys] */
-    float *scores, *weight_gradients; /* [keys, queries] */
-    float *across;                  /* [D, queries] */
-    float *rows;                    /* [LANES, D] */
-    elem *narrow_rows;              /* the same */
+    elem *weights, *slopes;              /* [keys, queries] of a pair of blocks */
+    elem *packed;                        /* weights or slopes as a weight [queries, keys] */
+    float *scores, *weight_gradients;    /* [keys, queries] */
+    float *across;                       /* [D, queries] */
+    float *rows;                         /* [LANES, D] */
+    elem *narrow_rows;                   /* the same */
 } Head;
 
-/* Carves a thread's scratch; the bytes needed when there is none yet. */
-static int64_t carve(const Attention *a, char *from, Head *head) {
-    int64_t whole = (a->longest + BLOCK - 1) / BLOCK * BLOCK * a->size * sizeof(elem), block = BLOCK * a->size * sizeof(elem);
-    int64_t pair = BLOCK * BLOCK * sizeof(elem), used = 0;
-    void **places[] = {
-        (void **)&head->keys, (void **)&head->keys_across, (void **)&head->values_across, (void **)&head->queries,
-        (void **)&head->gradients, (void **)&head->queries_down, (void **)&head->gradients_down, (void **)&head->weights,
-        (void **)&head->slopes, (void **)&head->packed, (void **)&head->scores, (void **)&head->weight_gradients,
-        (void **)&head->across, (void **)&head->rows, (void **)&head->narrow_rows};
-    int64_t sizes[] = {whole, whole, whole, block, block, block, block, pair, pair, pair,
-                       BLOCK * BLOCK * sizeof(float), BLOCK * BLOCK * sizeof(float), BLOCK * a->size * sizeof(float),
-                       LANES * a->size * sizeof(float), LANES * a->size * sizeof(elem)};
-    for (int i = 0; i < 15; i++) {
-        if (from) *places[i] = from + used;
-        used += sizes[i];
-    }
-    return used;
+INLINE void *take(char **scratch, int64_t numbers, int64_t bytes) {
+    *scratch += numbers * bytes;
+    return *scratch - numbers * bytes;
 }
 
+/* Gives a thread's scratch to the parts of its head; where it ends. */
+static char *carve(const Attention *a, char *from, Head *h) {
+    int64_t size = a->size, length = (a->longest + BLOCK - 1) / BLOCK * BLOCK;
+    elem **whole[] = {&h->keys, &h->kept_across}, **pairs[] = {&h->weights, &h->slopes, &h->packed};
+    elem **blocks[] = {&h->queries, &h->gradients, &h->queries_down, &h->gradients_down};
+    for (int i = 0; i < 2; i++) *whole[i] = take(&from, length * size, sizeof(elem));
+    for (int i = 0; i < 3; i++) *pairs[i] = take(&from, BLOCK * BLOCK, sizeof(elem));
+    for (int i = 0; i < 4; i++) *blocks[i] = take(&from, BLOCK * size, sizeof(elem));
+    h->scores = take(&from, BLOCK * BLOCK, sizeof(float));
+    h->weight_gradients = take(&from, BLOCK * BLOCK, sizeof(float));
+    h->across = take(&from, BLOCK * size, sizeof(float));
+    h->rows = take(&from, LANES * size, sizeof(float));
+    h->narrow_rows = take(&from, LANES * size, sizeof(elem));
+    return from;
+}
+
+/* Bytes of scratch that a thread needs. */
 int64_t attention_scratch(const Attention *a) {
     Head head;
-    return carve(a, 0, &head);
+    return (intptr_t)carve(a, 0, &head);
 }
 
 INLINE const elem *head_of(const Attention *a, int64_t token, int64_t head) {
@@ -103,165 +99,6 @@ INLINE void narrowed(const float *from, elem *to, int64_t size) {
     for (int64_t i = 0; i < size; i += LANES) store(to + i, *(const vec *)(from + i));
 }
 
-/* Of a block of a weight [LANES, k], number j of the first PAIR of k. */
-INLINE vec every(const elem *weight, int j) {
-#ifdef FLOAT32
-    return *(const vec *)(weight + j);
-#else
-    bits both = *(const bits *)weight;
-    return (vec)(j ? both & 0xffff0000u : both << 16);
-#endif
-}
-
-/* Two rows of a weight's k, an even one and the next, LANES of its n. */
-INLINE void store_two(elem *to, vec even, vec odd) {
-#if defined(FLOAT32)
-    store(to, even), store(to + LANES, odd);
-#elif defined(__AVX512BF16__)
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, (__m512i)both));
-#else
-    for (int i = 0; i < LANES; i++) to[2 * i] = narrow(even[i]), to[2 * i + 1] = narrow(odd[i]);
-#endif
-}
-
-INLINE ints lanes_from(int64_t first) {
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane + (int32_t)first;
-}
-
-/* x [LANES, LANES] transposed: halves, quarters, ... that are on the wrong side of the diagonal change places. */
-INLINE void transpose(vec *x) {
-#ifdef __clang__ /* has no shuffle by a vector */
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < i; j++) {
-            float other = x[i][j];
-            x[i][j] = x[j][i], x[j][i] = other;
-        }
-#else
-    const ints lane = lanes_from(0);
-#pragma GCC unroll 4
-    for (int step = LANES / 2; step; step /= 2)
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & step)) {
-                ints right = (lane & step) != 0; /* a lane of x[i + step] is LANES further */
-                vec upper = __builtin_shuffle(x[i], x[i + step], lane + (right & (LANES - step)));
-                x[i + step] = __builtin_shuffle(x[i], x[i + step], lane + ((right & LANES) | (~right & step)));
-                x[i] = upper;
-            }
-#endif
-}
-
-/* LANES rows, of which those from `live` on are zeros, as a block of a weight [n, D] */
-INLINE void pack_rows(elem *to, const elem *rows, int64_t ld, int64_t live, int64_t size) {
-    for (int64_t i = 0; i < size; i += LANES * PAIR) {
-        vec x[LANES];
-#pragma GCC unroll 16
-        for (int n = 0; n < LANES; n++) x[n] = n < live ? *(const vec *)(rows + n * ld + i) : (vec){0};
-        transpose(x);
-#pragma GCC unroll 16
-        for (int n = 0; n < LANES; n++) *(vec *)(to + (i + n * PAIR) * LANES) = x[n];
-    }
-}
-
-/* The same rows as LANES of the k of a weight [D, BLOCK] */
-INLINE void pack_down(elem *to, const elem *rows, int64_t ld, int64_t live, int64_t size) {
-    for (int64_t n = 0; n < LANES; n += 2)
-        for (int64_t i = 0; i < size; i += LANES) {
-            vec even = n < live ? load(rows + n * ld + i) : (vec){0}, odd = n + 1 < live ? load(rows + (n + 1) * ld + i) : (vec){0};
-            store_two(to + i * BLOCK + n * LANES, even, odd);
-        }
-}
-
-/* The same rows as LANES columns of x [D, BLOCK] */
-INLINE void put_across(elem *to, const elem *rows, int64_t ld, int64_t live, int64_t size) {
-    for (int64_t i = 0; i < size; i += LANES) {
-        vec x[LANES];
-#pragma GCC unroll 16
-        for (int n = 0; n < LANES; n++) x[n] = n < live ? load(rows + n * ld + i) : (vec){0};
-        transpose(x);
-#pragma GCC unroll 16
-        for (int n = 0; n < LANES; n++) store(to + (i + n) * BLOCK, x[n]);
-    }
-}
-
-/* rows [LANES, D] of LANES columns of x [D, BLOCK] */
-INLINE void take_across(float *rows, const float *x, int64_t size) {
-    for (int64_t i = 0; i < size; i += LANES) {
-        vec found[LANES];
-#pragma GCC unroll 16
-        for (int n = 0; n < LANES; n++) found[n] = *(const vec *)(x + (i + n) * BLOCK);
-        transpose(found);
-#pragma GCC unroll 16
-        for (int n = 0; n < LANES; n++) *(vec *)(rows + n * size + i) = found[n];
-    }
-}
-
-/* out [rows, LANES * blocks] (add: +)= x [rows, k] w^T, for numbers of rows and blocks that the compiler knows */
-INLINE void tile(const int rows, const int blocks, const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k,
-                 float *out, int64_t ldo, int add) {
-    vec sum[TILE][4]; /* of a constant size, so that it stays in registers */
-#pragma GCC unroll 6
-    for (int m = 0; m < rows; m++)
-#pragma GCC unroll 4
-        for (int n = 0; n < blocks; n++) sum[m][n] = add ? *(const vec *)(out + m * ldo + n * LANES) : (vec){0};
-    for (int64_t i = 0; i < k; i += PAIR) {
-#if defined(__AVX512BF16__) && !defined(FLOAT32)
-        __m512bh weight[4];
-#pragma GCC unroll 4
-        for (int n = 0; n < blocks; n++) weight[n] = (__m512bh)_mm512_loadu_si512(w + n * ldw + i * LANES);
-#pragma GCC unroll 6
-        for (int m = 0; m < rows; m++) {
-            int32_t pair;
-            memcpy(&pair, x + m * ldx + i, 4);
-            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-            for (int n = 0; n < blocks; n++) sum[m][n] = (vec)_mm512_dpbf16_ps((__m512)sum[m][n], both, weight[n]);
-        }
-#else
-        for (int j = 0; j < PAIR; j++)
-#pragma GCC unroll 6
-            for (int m = 0; m < rows; m++)
-#pragma GCC unroll 4
-                for (int n = 0; n < blocks; n++) {
-                    const elem *weight = w + n * ldw + i * LANES;
-                    sum[m][n] += widen(x[m * ldx + i + j]) * every(weight, j);
-                }
-#endif
-    }
-#pragma GCC unroll 6
-    for (int m = 0; m < rows; m++)
-#pragma GCC unroll 4
-        for (int n = 0; n < blocks; n++) *(vec *)(out + m * ldo + n * LANES) = sum[m][n];
-}
-
-/* The same for any number of rows and up to 4 blocks; a sum does not depend on what is computed beside it. */
-static void strip(int64_t rows, int blocks, const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k, float *out,
-                  int64_t ldo, int add) {
-#define WITH(ROWS, BLOCKS)                                                                     \
-    case BLOCKS:                                                                               \
-        tile(ROWS, BLOCKS, x + m * ldx, ldx, w, ldw, k, out + m * ldo, ldo, add); \
-        break;
-#define TILES(ROWS)                                       \
-    for (; m + ROWS <= rows; m += ROWS) switch (blocks) { \
-            WITH(ROWS, 1) WITH(ROWS, 2) WITH(ROWS, 3) WITH(ROWS, 4) \
-        }
-    int64_t m = 0;
-    TILES(TILE)
-    TILES(4)
-    TILES(1)
-}
-
-/* The same for any number of blocks */
-static void multiply(int64_t rows, int64_t blocks, const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k,
-                     float *out, int64_t ldo, int add) {
-    for (int64_t n = 0; n < blocks; n += 4)
-        strip(rows, least(4, blocks - n), x, ldx, w + n * ldw, ldw, k, out + n * LANES, ldo, add);
-}
-
 /* out [keys, queries] = x [keys, D] w^T of queries w; on the diagonal LANES keys with no queries before them. */
 static void score(int64_t keys, int64_t columns, int diagonal, const elem *x, int64_t ldx, const elem *w, int64_t size,
                   float *out) {
@@ -273,17 +110,23 @@ static void score(int64_t keys, int64_t columns, int diagonal, const elem *x, in
 }
 
 /* out [keys, D] += x [keys, queries] w^T of channels w, in the same way */
-static void collect(int64_t keys, int64_t columns, int diagonal, const elem *x, const elem *w, int64_t size, float *out) {
+static void collect(int64_t keys, int64_t columns, int diagonal, const elem *x, const elem *w, int64_t size,
+                    float *out) {
     int64_t step = diagonal ? LANES : keys;
     for (int64_t key = 0; key < keys; key += step)
         multiply(least(step, keys - key), size / LANES, x + key * BLOCK + key, BLOCK, w + key * LANES, BLOCK * LANES,
                  columns * LANES - key, out + key * size, size, 1);
 }
 
+/* across [D, queries] += kept_across [D, keys] of the keys from k on, packed as many queries */
+static void mix(const Head *h, int64_t keys, int64_t columns, int64_t k, int64_t size) {
+    multiply(size, columns, h->kept_across + k * size, BLOCK, h->packed, BLOCK * LANES, (keys + 1) / 2 * 2, h->across,
+             BLOCK, 1);
+}
+
 /* Keys turned, and keys or values across. */
 static void take_keys(const Attention *a, const Head *h, int backward) {
     int64_t size = a->size, width = (a->heads + 2 * a->groups) * size;
-    elem *across = backward ? h->keys_across : h->values_across;
     const elem *values = head_of(a, h->begin, a->heads + a->groups + h->group);
     for (int64_t t = 0; t < h->length; t++) {
         widened(head_of(a, h->begin + t, a->heads + h->group), h->rows, size);
@@ -291,7 +134,7 @@ static void take_keys(const Attention *a, const Head *h, int backward) {
         narrowed(h->rows, h->keys + t * size, size);
     }
     for (int64_t t = 0; t < h->length; t += LANES) {
-        elem *to = across + t / BLOCK * BLOCK * size + t % BLOCK;
+        elem *to = h->kept_across + t / BLOCK * BLOCK * size + t % BLOCK;
         if (backward)
             put_across(to, h->keys + t * size, size, h->length - t, size);
         else
@@ -324,7 +167,7 @@ static void take_gradients(const Attention *a, const Head *h, int64_t t, int64_t
     }
     for (int64_t q = 0; q < live; q++) {
         vec delta = {0};
-        for (int64_t i = 0; i < size; i += LANES) delta += load(gradients + q * width + i) * load(mixed + q * width + i);
+        for (int64_t i = q * width; i < q * width + size; i += LANES) delta += load(gradients + i) * load(mixed + i);
         deltas[q] = total(delta);
     }
 }
@@ -365,10 +208,11 @@ static void forward_head(const Attention *a, const Head *h) {
         memset(h->across, 0, size * BLOCK * sizeof(float));
         take_queries(a, h, t, queries, 0);
         for (int64_t k = 0; k <= t; k += BLOCK) {
-            int64_t keys = least(BLOCK, h->length - k), even = (keys + 1) / 2 * 2;
+            int64_t keys = least(BLOCK, h->length - k);
             score(keys, columns, k == t, h->keys + k * size, size, h->queries, size, h->scores);
-            for (int64_t c = 0; c < columns; c++) weigh(h, size, c, keys, k == t ? c * LANES : -1, &largest[c], &sum[c]);
-            multiply(size, columns, h->values_across + k * size, BLOCK, h->packed, BLOCK * LANES, even, h->across, BLOCK, 1);
+            for (int64_t c = 0; c < columns; c++)
+                weigh(h, size, c, keys, k == t ? c * LANES : -1, &largest[c], &sum[c]);
+            mix(h, keys, columns, k, size);
         }
         for (int64_t q = 0; q < queries; q++) {
             int64_t token = h->begin + t + q, n = q % LANES;
@@ -381,7 +225,7 @@ static void forward_head(const Attention *a, const Head *h) {
     }
 }
 
-/* Scores and weights' gradients of LANES queries with `live` keys become weights and slopes: gradients of the scores. */
+/* Scores and weights' gradients of LANES queries with `live` keys become weights and slopes, the scores' gradients. */
 INLINE void slopes(const Head *h, int64_t column, int64_t live, int64_t diagonal, vec logs, vec delta) {
     for (int64_t key = 0; key < live; key += 2) {
         vec both[2] = {{0}};
@@ -422,8 +266,7 @@ static void backward_head(const Attention *a, const Head *h) {
                 slopes(h, c, keys, k == t ? c * LANES : -1, ((vec *)logs)[c], ((vec *)deltas)[c]);
             collect(keys, columns, k == t, h->weights, h->gradients_down, size, value_parts + k * size);
             collect(keys, columns, k == t, h->slopes, h->queries_down, size, key_parts + k * size);
-            multiply(size, columns, h->keys_across + k * size, BLOCK, h->packed, BLOCK * LANES, (keys + 1) / 2 * 2, h->across,
-                     BLOCK, 1);
+            mix(h, keys, columns, k, size);
         }
         for (int64_t q = 0; q < queries; q++) {
             int64_t token = h->begin + t + q;

@@ -1,8 +1,8 @@
 /* What training does beside the large products, on CPU, forward and backward: norms, SwiGLU, losses; attention.h does
  * attention.
  *
- * Every sum is taken in an order that does not depend on the number of threads. Compiled twice: for
- * bfloat16 and, with -DFLOAT32, for float32. Sizes are multiples of LANES, but for the vocabulary.
+ * Every sum is taken in an order that does not depend on the number of threads. Compiled twice: for bfloat16 and, with
+ * -DFLOAT32, for float32. Sizes are multiples of LANES, but for the vocabulary.
  *
  * Shapes: N tokens, V vocabulary.
  */
@@ -56,7 +56,8 @@ void swiglu_forward(int64_t tokens, int64_t size, const elem *gate_up, elem *out
         }
 }
 
-void swiglu_backward(int64_t tokens, int64_t size, const elem *gate_up, const elem *gradient, elem *out, int64_t threads) {
+void swiglu_backward(int64_t tokens, int64_t size, const elem *gate_up, const elem *gradient, elem *out,
+                     int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads((int)threads)
     for (int64_t n = 0; n < tokens; n++)
         for (int64_t i = 0; i < size; i += LANES) {
@@ -97,8 +98,8 @@ INLINE float log_total(const elem *logits, int64_t vocabulary) {
     return peak + logf(total(sum));
 }
 
-/* Losses [models, N] of the target's logits [N, V] and the draft's (or NULL), which become the gradients of the sum of all
-   losses times `scale`; w is the weight of KL(target || draft) in the draft's loss. */
+/* Losses [models, N] of the target's logits [N, V] and the draft's (or NULL), which become the gradients of the sum of
+   all losses times `scale`; w is the weight of KL(target || draft) in the draft's loss. */
 void losses(int64_t tokens, int64_t vocabulary, const int64_t *labels, float w, float scale, elem *target, elem *draft,
             float *found, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads((int)threads)

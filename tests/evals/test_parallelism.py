@@ -17,6 +17,7 @@ from toys import noisy
 
 sys.path.append(str(Path(__file__).parents[2] / "evals"))
 import parallelism
+import parallelism_picture
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SIZES = parallelism.Sizes(lengths=(4, 8), tokens=16, text=6, new_tokens=12, rounds=1)
@@ -105,8 +106,8 @@ def test_an_encoder_reads_at_once_and_a_decoder_writes_in_steps(found: Mapping[s
 
 
 def test_what_was_measured_is_shown(found: Mapping[str, Any], tmp_path: Path) -> None:
-    steps = parallelism.steps_of(found, SIZES.text)
+    steps = parallelism_picture.steps_of(found, SIZES.text)
     assert steps["LSTM learns"] == SIZES.text and steps["GPT learns"] == 1
-    assert [table.row_count for table in parallelism.table(found, SIZES.text)] == [8, 2 + 3 + 3, 9, 3]
-    parallelism.draw(found, SIZES.text, tmp_path / "parallelism.png")
+    assert [table.row_count for table in parallelism_picture.tables(found, SIZES.text)] == [8, 2 + 3 + 3, 9, 3]
+    parallelism_picture.draw(found, SIZES.text, tmp_path / "parallelism.png")
     assert (tmp_path / "parallelism.png").stat().st_size > 10_000

@@ -188,7 +188,9 @@ def test_what_is_broken_in_a_freed_slot_does_not_leak(checked: Checked) -> None:
     checked.keep([0, 0])
     poison(checked.lm, 1)
     checked.restart(1)  # forgets the row, and does not clean up, unless its blocks or states go
-    assert isinstance(checked.lm, CpuLM | RecurrentLM) or not torch.isfinite(checked.lm.append(some_tokens(2, 3))[1]).all()
+    assert (
+        isinstance(checked.lm, CpuLM | RecurrentLM) or not torch.isfinite(checked.lm.append(some_tokens(2, 3))[1]).all()
+    )
     checked.lm.keep([0, 0])
 
 
