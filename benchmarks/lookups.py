@@ -153,7 +153,7 @@ def measure(dictation: Dictation, texts: list[Text], rounds: int) -> list[Measur
         if length != AUTO:
             methods[f"prompt lookup, {length}"] = dictation.method(PromptLookup(), length, texts)
         methods[f"suffix, {length}"] = dictation.method(SuffixDrafter(), length, texts)
-    return bench.compare(methods, [[i] for i in range(len(texts))], rounds=rounds)
+    return bench.summaries(bench.timed_rounds(methods, [[i] for i in range(len(texts))], rounds=rounds), batch=1)
 
 
 def main() -> None:

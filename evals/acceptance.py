@@ -199,7 +199,12 @@ def table(results: Sequence[TaskResult]) -> Table:
     """A row per task; the last four columns at the draft length that was fastest."""
     headings = ("overlap", f"top {FIRST[0]}", f"top {FIRST[-1]}", "1st", "k", "length", "speedup", "predicted")
     found = Table(
-        Column("task", no_wrap=True), *headings, title="How good the drafter is, by task", box=SIMPLE, pad_edge=False
+        Column("task", no_wrap=True),
+        *headings,
+        title="How good the drafter is, by task",
+        box=SIMPLE,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for r in results:
         best = int(np.argmax(r.speedup))

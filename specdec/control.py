@@ -226,7 +226,8 @@ class Adaptive:
         is_new = self._age < 0 or foresight is not None
         if not is_new and not self._length and self._runs_model is None:
             return [0] * rows
-        limits = [min(limit, MOST_DRAFT_TOKENS) for limit in sequences.draft_limits()]
+        most = getattr(drafter, "most_draft_tokens", MOST_DRAFT_TOKENS)  # of a tree more than of a chain
+        limits = [min(limit, most) for limit in sequences.draft_limits()]
         if is_new:
             self._decide(sequences, foresight, limits)
         free, length = self._free, self._length

@@ -27,8 +27,8 @@ class World:
     """A machine with given costs and a drafter with a given chance of acceptance; time is counted, not spent.
 
     A plain step takes 1 second; others ``token`` more for each further token of a pass, ``draft`` for drafting each,
-    and ``book`` for what is done besides. A draft model takes ``reading`` for every token that it has not read; rows end after 256 new ones. Times are disturbed by a factor of about
-    1 +- ``noise``.
+    and ``book`` for what is done besides. A draft model takes ``reading`` for every token that it has not read; rows
+    end after 256 new ones. Times are disturbed by a factor of about 1 +- ``noise``.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class World:
 def test_no_fixed_length_is_much_faster(rows: int, accepted: float, draft: float, token: float) -> None:
     world = World(rows=rows, accepted=accepted, draft=draft, token=token)
     world.run(200)
-    assert world.run(600) > 0.95 * world.best
+    assert world.run(1600 if rows == 1 else 600) > 0.95 * world.best
     assert world.run(600) > 0.97 * world.fixed(0)  # never slower than plain decoding
 
 
@@ -137,7 +137,7 @@ def test_a_controller_that_believes_in_every_draft_is_noticed(monkeypatch: pytes
     """Mutation: acceptance is not learned; a useless draft then costs."""
     monkeypatch.setattr(Experience, "count", lambda *given: None)
     world = World(accepted=0.05, draft=0.2)
-    assert world.run(200) < 0.9 * world.fixed(0)
+    assert world.run(100) < 0.9 * world.fixed(0)
 
 
 def test_it_notices_when_drafting_pays_again() -> None:

@@ -193,7 +193,9 @@ SHAPES = [
 
 def drafter_of(name: str) -> Any:
     model = ModelDrafter(native(noisy(target(), 0.015)))
-    return {"none": None, "model": model, "hybrid": HybridDrafter(model, SuffixDrafter()), "suffix": SuffixDrafter()}[name]
+    return {"none": None, "model": model, "hybrid": HybridDrafter(model, SuffixDrafter()), "suffix": SuffixDrafter()}[
+        name
+    ]
 
 
 @pytest.mark.parametrize("draft", ["none", "model", "hybrid", "suffix"])

@@ -82,6 +82,7 @@ class TreeDrafter(ModelDrafter):
     """
 
     drafts_trees = True
+    most_draft_tokens = MOST_TREE_TOKENS
 
     def __init__(self, lm: CachedLM) -> None:
         super().__init__(lm)
