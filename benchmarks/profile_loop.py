@@ -1,4 +1,4 @@
-"""Where does a step's time go? Model forwards against everything else, at batch 1 and 16.
+"""Where does a step's time go? Model forwards against everything else, at batch 1 and 8, with four draft tokens.
 
 python benchmarks/profile_loop.py        prints a table and writes benchmarks/results/profile_loop.json
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from specdec.control import DEFAULT_DRAFT_TOKENS
 from specdec.demo import demo_pair, fast_dtype_name
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
@@ -28,11 +29,11 @@ def main() -> None:
     pair = demo_pair()
     engine = load(pair / "target", draft=pair / "draft", dtype=fast_dtype_name())
     assert engine.tokenizer is not None
-    prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=16, tokens=128)
+    prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=8, tokens=128)
     table = Table("drafter", "batch", "T", "ms per step", "target", "draft", "everything else")
     rows = []
     for name, drafter in {"draft model": engine.drafter, "suffix": SuffixDrafter(), "plain": None}.items():
-        for batch in (1, 16):
+        for batch in (1, 8):
             for temperature in (0.0, 1.0):
                 row = measure(Engine(engine.target, drafter), prompts[:batch], temperature)
                 rows.append({"drafter": name, "batch": batch, "temperature": temperature, **row})
@@ -49,7 +50,8 @@ def measure(engine: Engine, prompts: list[list[int]], temperature: float) -> dic
     found: list[dict[str, float]] = []
     for turn in range(ROUNDS + 1):
         settings = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "eos_token_id": None, "seed": 0}
-        stats = engine.generate(prompts, max_batch_size=16, **settings).stats
+        length = DEFAULT_DRAFT_TOKENS if engine.drafter is not None else 0
+        stats = engine.generate(prompts, max_batch_size=16, num_draft_tokens=length, **settings).stats
         if turn == 0:
             continue  # the first round warms caches up
         decoding = stats.total_seconds - stats.prefill_seconds

@@ -31,13 +31,10 @@ _FIRST_WAIT, _LONGEST_WAIT = (
 )  # steps between drafts that only try; twice as many after each that showed nothing
 _PROBE_STEPS, _PROBE_TOKENS = 4, 2  # of one such try; the first step pays for reading what was not read
 _LEAST_READ = 32  # unread tokens that say what reading costs
-_STAY, _LONGEST_STAY = (
-    4,
-    16,
-)  # steps that a choice is kept, if nothing but the draft model's past record speaks for another
+_STAY, _LONGEST_STAY = 4, 32  # steps that a choice is kept; twice as many each time it stays the same
 _NEW = 0.05  # weight of the latest step in running means
-_REST, _LONGEST_REST = 3, 24  # steps of plain decoding after it was found best; twice as many each time again
-_LONGEST_DOZE = 12  # the same where a look at the text may change the verdict at any token
+_REST, _LONGEST_REST = 3, 48  # steps of plain decoding after it was found best; twice as many each time again
+_LONGEST_DOZE = 16  # the same where a look at the text may change the verdict at any token
 _REFRESH = 64  # steps after which plain decoding is measured again
 _WORTH = 1.01  # how much faster than plain decoding a draft must promise to be
 
@@ -92,18 +89,27 @@ class Experience:
         if own is None:
             own = self._rows[row] = self._nothing.copy()
         for table, memory in ((own, _ROW_MEMORY), (self._common, _COMMON_MEMORY)):
-            table *= memory ** (1 if self._chain else tried > 0)  # where a chain is not tried, it may have changed
+            table *= memory ** (tried > 0)
             table[0] += right
             table[1] += tried
         self._common_known = None
 
     def count_chain(self, row: int, drafted: int, accepted: int) -> None:
         """Add a draft of which the first ``accepted`` tokens survived; kinds are positions. One was refused, at most."""
-        tried = np.zeros(len(self.priors))
-        tried[: min(accepted + 1, drafted)] = 1
-        right = tried.copy()
-        right[accepted:] = 0
-        self.count(row, right, tried)
+        self.count_chains([row], [drafted], [accepted])
+
+    def count_chains(self, rows: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """Add one draft of each row; nothing for those without."""
+        known = [(row, length, right) for row, length, right in zip(rows, drafted, accepted, strict=True) if length]
+        if not known:
+            return
+        ids, lengths, right = zip(*known, strict=True)
+        ends = np.array([right, np.minimum(lengths, np.add(right, 1))]).T  # of what was right, of what was tried
+        new = np.arange(len(self.priors)) < ends[:, :, None]
+        own = np.array([self._rows.get(row, self._nothing) for row in ids]) * _ROW_MEMORY + new
+        self._rows.update(zip(ids, own, strict=True))
+        self._common = self._common * _COMMON_MEMORY ** len(ids) + new.sum(0)
+        self._common_known = None
 
     def fade(self, rows: Iterable[int]) -> None:
         """Time has passed without drafts of these rows: what they showed counts less, all rows' past more."""
@@ -209,7 +215,7 @@ class Adaptive:
         self._stay = _STAY
         self._check = 0  # plain steps to measure before anything else
         self._rest = 0  # steps of plain decoding before anything is thought about again
-        self._next_rest = _REST
+        self._next_rest, self._rested = _REST, 0  # steps of the next rest, and of the last one
         self._free = True  # whether rows whose drafts cost passes of a model go without
         self._tries = False  # whether the draft is made to see what passes cost
         self._runs_model: NDArray[np.bool_] | None = None  # which rows these are; None for none
@@ -246,15 +252,14 @@ class Adaptive:
     def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
         _count(self.decisions, step)
         self._since += 1
-        if not self._rest:  # nothing is decided before the last step of one
+        if self._rest:  # nothing is decided before the last step of one
+            self._rested += 1
+        else:
             self._learn(step, draft_seconds, step_seconds)
-        elif self._account is not None:
-            plain = float(self.costs.passes(len(step.rows), 0)[0])
-            self._elapsed += plain
-            self._account.book(plain, plain, None)
-        ended = [step.rows[slot].id for slot in step.finished]
-        self._experience.forget(ended)
-        self._has_read.difference_update(ended)
+        if step.finished:
+            ended = [step.rows[slot].id for slot in step.finished]
+            self._experience.forget(ended)
+            self._has_read.difference_update(ended)
 
     def _learn(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
         width, rows = max(step.drafted), len(step.rows)
@@ -267,9 +272,8 @@ class Adaptive:
         elif draft_seconds and not unread:
             self.costs.count_draft(rows, width, draft_seconds)
         self.costs.count_pass(rows, 1 + mean, step_seconds)
-        for row, drafted, accepted in zip(step.rows, step.drafted, step.accepted, strict=True):
-            if drafted:
-                self._experience.count_chain(row.id, drafted, accepted)
+        if width:
+            self._experience.count_chains([row.id for row in step.rows], step.drafted, step.accepted)
         self._since_plain = self._since_plain + 1 if width else 0
         self._tokens += _NEW * (tokens - self._tokens)
         is_try = bool(width) and (self._tries or draft_seconds > 0 and (self._free or not self._length))
@@ -284,7 +288,10 @@ class Adaptive:
         usual = float(self.costs.passes(rows, mean)[mean])
         usual += float(self.costs.drafts(rows, width)[width]) if draft_seconds else 0.0
         usual = min(usual, draft_seconds + step_seconds, (tokens + _MOST_AT_ONCE) * plain)
-        self._elapsed += usual
+        rested, self._rested = self._rested * plain, 0
+        self._elapsed += usual + rested
+        if rested and self._account is not None:
+            self._account.book(rested, plain, None)
         if is_try:
             self._last_try = max(0.0, usual + self.costs.reading * unread - tokens * plain)
             self._tried += self._last_try
@@ -353,6 +360,9 @@ class Adaptive:
             both = self._seconds_per_token(outlook, most, np.ones_like(outlook.runs_model)) + reading
             if both[1:].min(initial=np.inf) < best:
                 found, best, is_free = int(both[1:].argmin()) + 1, float(both[1:].min()), False
+            before = self._length if not self._free and self._length <= most else 0
+            if before and not is_free and both[before] < _WORTH * best:
+                found, best = before, float(both[before])  # looking less often is worth more
         self.decisions.expected, self.decisions.plain = 1 / min(best, plain), 1 / plain
         return (found, is_free, tries) if found and best * _WORTH < plain else (0, True, False)
 

@@ -21,7 +21,8 @@ _LATEST = 7  # measurements of each cell
 _REMEMBERED = 3  # of another program
 _ENOUGH = 2  # the first pass of a shape may pay for its preparation
 _OLD = 256  # measurements after which one that was not repeated counts no more
-_FRESH = 4  # measurements after which interpolations are made anew
+_FRESH = 8  # measurements after which interpolations are made anew
+_USUAL = 32  # draft tokens of which interpolations are made together
 _SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # rows that count as alike
 
 
@@ -96,15 +97,16 @@ class Costs:
         return self._curve("drafts", min(self._drafts, key=lambda size: abs(size - rows)), most)
 
     def _curve(self, what: str, size: int, most: int) -> NDArray[np.float64]:
-        key = (what, size, most)
-        made, curve = self._curves.get(key, (-_FRESH, None))
-        if curve is None or self._count - made >= _FRESH:
+        cells = (self._passes if what == "passes" else self._drafts)[size]
+        made, curve = self._curves.get((what, size, len(cells)), (-_FRESH, np.empty(0)))
+        if self._count - made >= _FRESH or len(curve) <= most:
+            wanted = np.arange(max(most, _USUAL) + 1)
             if what == "passes":
-                curve = _interpolated(self._fresh(self._passes[size]), np.arange(1, most + 2))
+                curve = _interpolated(self._fresh(cells), wanted + 1)
             else:
-                curve = _interpolated({0: 0.0} | self._fresh(self._drafts[size]), np.arange(most + 1))
-            self._curves[key] = (self._count, curve)
-        return curve
+                curve = _interpolated({0: 0.0} | self._fresh(cells), wanted)
+            self._curves[what, size, len(cells)] = (self._count, curve)
+        return curve[: most + 1]
 
     def _fresh(self, cells: dict[int, Cell]) -> dict[int, float]:
         """Typical seconds by width; without what was last measured long ago, so that it will be tried again."""

@@ -135,7 +135,7 @@ def test_small_models_are_never_slower_from_the_first_step(
 
 def test_a_controller_that_believes_in_every_draft_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutation: acceptance is not learned; a useless draft then costs."""
-    monkeypatch.setattr(Experience, "count", lambda *given: None)
+    monkeypatch.setattr(Experience, "count_chains", lambda *given: None)
     world = World(accepted=0.05, draft=0.2)
     assert world.run(100) < 0.9 * world.fixed(0)
 
@@ -281,7 +281,7 @@ def test_a_probe_may_meet_a_number_of_rows_of_which_nothing_is_known() -> None:
 
 def test_what_drafts_lose_is_bounded_whatever_they_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Acceptance is not learned, so that a useless draft promises to pay for ever; then nobody keeps the account either."""
-    monkeypatch.setattr(Experience, "count", lambda *given: None)
+    monkeypatch.setattr(Experience, "count_chains", lambda *given: None)
     world = World(accepted=0.05, draft=0.2)
     assert world.run(3000) > 0.97 * world.fixed(0)
     monkeypatch.setattr(Account, "book", lambda *given: None)

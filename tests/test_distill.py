@@ -253,7 +253,7 @@ def test_wrong_settings_and_divergence_are_named(
     llama: Any, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, tmp_path: Path
 ) -> None:
     for changes, match in [
-        ({"shape": "huge"}, "shape must be one of wide, small, tiny, got 'huge'"),
+        ({"shape": "huge"}, "shape must be one of wide, small, tiny, lstm, got 'huge'"),
         ({"loss": "mse"}, "loss must be one of"),
         ({"on_policy": 1.5}, "on_policy must be from 0 to 1"),
         ({"max_tokens": 0}, "max_tokens must be > 0 if max_seconds is 0"),

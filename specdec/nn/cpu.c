@@ -12,46 +12,13 @@
  *
  * Shapes: M tokens, H hidden size, D head size, R query heads of a key/value head.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define LANES 16
 #define BLOCK 64 /* tokens of a block of the cache */
 #define TILE 9   /* the most tokens that share one reading of a weight */
 #define HALF 6   /* as many of them as have registers for sums with four blocks: faster where there are several tiles */
 #define QUERIES 8 /* query heads that share one reading of keys and values */
 #define CHUNK 512 /* k of a weight that stays in the nearest cache while several tiles read it */
-
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t bits __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(64), aligned(4)));
-
-#ifdef FLOAT32
-#define PAIR 1
-typedef float elem;
-INLINE elem narrow(float x) { return x; }
-INLINE float widen(elem x) { return x; }
-#else
-#define PAIR 2
-typedef uint16_t elem; /* bfloat16 */
-INLINE elem narrow(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    if (x != x) return 0x7fc0;
-    return (elem)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-INLINE float widen(elem x) {
-    uint32_t u = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &u, 4);
-    return y;
-}
-#endif
 
 typedef struct { /* a weight in the layout above */
     const void *weight; /* elem; with a scale bytes, of which each stands for scale[n] * (byte - 64) */
@@ -104,19 +71,6 @@ typedef struct { /* one pass over M tokens of several rows */
 
 INLINE int64_t pad(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 INLINE int64_t pad_pair(int64_t n) { return (n + PAIR - 1) / PAIR * PAIR; }
-INLINE vec spread(float x) { return x - (vec){0}; }
-INLINE vec choose(ints which, vec yes, vec no) { return (vec)((which & (ints)yes) | (~which & (ints)no)); }
-
-INLINE void store(elem *to, vec x) { /* LANES numbers */
-#if defined(FLOAT32)
-    *(vec *)to = x;
-#elif defined(__AVX512BF16__)
-    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
-#else
-    for (int i = 0; i < LANES; i++) to[i] = narrow(x[i]);
-#endif
-}
-
 /* The first `count` of LANES numbers, and zeros where the padding of a row of `size` numbers begins. */
 INLINE void store_some(elem *to, vec x, int64_t count) {
     if (count >= LANES)
@@ -278,32 +232,6 @@ static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx,
 }
 
 /* --- the rest of a block */
-
-INLINE float total(vec v) {
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) v[i] += v[i + n];
-    return v[0];
-}
-
-INLINE float largest_of(vec v) {
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) v[i] = v[i] > v[i + n] ? v[i] : v[i + n];
-    return v[0];
-}
-
-INLINE vec exponential(vec x) { /* relative error about 1e-7; NaN stays NaN */
-    x = choose(x > 88.0f, spread(88.0f), x);
-    x = choose(x < -87.0f, spread(-87.0f), x);
-    vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (vec)((__builtin_convertvector(n, ints) + 127) << 23);
-}
 
 /* h[m] = x[m] / rms(x[m]) * weight */
 static void norm(const Pass *pass, const Model *model, const float *weight) {
