@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.costs import Costs
+from specdec.costs import Account, Costs
 from specdec.draft import Drafter, Foresight, Outlook
 from specdec.sequences import Row, Sequences, Step
 from specdec.stats import Decisions
@@ -20,15 +20,11 @@ MOST_DRAFT_TOKENS = 15  # of a draft whose length is chosen; with the last token
 _PRIOR = 0.6  # chance of acceptance of a token of which nothing is known
 _ROW_MEMORY, _COMMON_MEMORY = 0.9, 0.995  # what is left of evidence after each further draft, of one row and of all
 _EVIDENCE = 4.0  # how many drafts' worth of evidence a row needs to be judged by its own past half and half
-_PROBE_SHARE, _LOST_SHARE = 0.01, 0.005  # of all time may be lost by trying, and by drafting that promised to pay
-_GRACE, _MOST_LOST = 4.0, 20.0  # plain steps whose time they may lose beyond it
-_MOST_AT_ONCE = 4.0  # of them, lost by one step; what took longer was disturbed, or is measured again and given up
+_PROBE_SHARE = 0.01  # of all time may be lost by trying
+_GRACE = 4.0  # plain steps whose time it may lose beyond it
+_MOST_AT_ONCE = 4.0  # plain steps, lost by one step; what took longer was disturbed, or is measured again and given up
 _CHECK = 5  # plain steps that are measured before it is believed that drafts lose
-_TRUST = 0.25  # how much of what may be lost must have come together before drafts that lost it are made again
-_FIRST_WAIT, _LONGEST_WAIT = (
-    16,
-    1024,
-)  # steps between drafts that only try; twice as many after each that showed nothing
+_FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many after each that showed nothing
 _PROBE_STEPS, _PROBE_TOKENS = 4, 2  # of one such try; the first step pays for reading what was not read
 _LEAST_READ = 32  # unread tokens that say what reading costs
 _STAY, _LONGEST_STAY = 4, 32  # steps that a choice is kept; twice as many each time it stays the same
@@ -161,35 +157,6 @@ class FixedLength:
     def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
         """Nothing to learn."""
         _count(self.decisions, step)
-
-
-class Account:
-    """The seconds that drafts which promised to pay may still lose against plain decoding.
-
-    A share of all time is paid in, and what drafts gain; what they lose is taken out. It holds the time of a few plain
-    steps, so that no loss hides behind gains of long ago, and chance alone seldom empties it.
-    """
-
-    def __init__(self, plain: float) -> None:
-        self.left = _MOST_LOST * plain
-        self.is_spent = False
-        self._tokens = self._seconds = 0.0  # of the steps that drafted since it was full
-
-    def book(self, seconds: float, plain: float, tokens: float | None) -> None:
-        """A step of ``seconds`` where a plain one takes ``plain``; ``tokens`` per row are what it gave, if it drafted."""
-        if tokens is not None:
-            self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
-            self.left += tokens * plain - seconds
-        self.left += _LOST_SHARE * seconds
-        if self.left >= _MOST_LOST * plain:
-            self.left, self._tokens, self._seconds = _MOST_LOST * plain, 0.0, 0.0
-        self.is_spent = self.left <= 0 or self.is_spent and self.left < _TRUST * _MOST_LOST * plain
-
-    def settle(self, plain: float) -> None:
-        """A plain step takes ``plain`` seconds, as was just measured: if drafts gained after all, nothing is lost."""
-        if self._tokens * plain > self._seconds:
-            self.left, self.is_spent = _MOST_LOST * plain, False
-        self._tokens = self._seconds = 0.0
 
 
 class Adaptive:

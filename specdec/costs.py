@@ -1,4 +1,4 @@
-"""What passes cost: seconds of a target pass over B rows of W tokens, and of a draft token for B rows.
+"""What passes cost: seconds of a target pass over B rows of W tokens, and of drafts for B rows; what drafts may lose.
 
 Measured while decoding; what was not measured is interpolated. Kept per machine and
 model in the cache directory, so that the next program begins with what this one learned.
@@ -21,6 +21,9 @@ _LATEST = 7  # measurements of each cell
 _REMEMBERED = 3  # of another program
 _ENOUGH = 2  # the first pass of a shape may pay for its preparation
 _OLD = 256  # measurements after which one that was not repeated counts no more
+_LOST_SHARE = 0.005  # of all time may be lost by drafting that promised to pay
+_MOST_LOST = 20.0  # plain steps whose time it may lose beyond it
+_TRUST = 0.25  # how much of what may be lost must have come together before drafts that lost it are made again
 _FRESH = 8  # measurements after which interpolations are made anew
 _USUAL = 32  # draft tokens of which interpolations are made together
 _SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # rows that count as alike
@@ -131,6 +134,35 @@ class Costs:
         costs._passes, costs._drafts, reading = (_cells(given[name]) for name in ("passes", "drafts", "reading"))
         costs._reading = reading[0][0]
         return costs
+
+
+class Account:
+    """The seconds that drafts which promised to pay may still lose against plain decoding.
+
+    A share of all time is paid in, and what drafts gain; what they lose is taken out. It holds the time of a few plain
+    steps, so that no loss hides behind gains of long ago, and chance alone seldom empties it.
+    """
+
+    def __init__(self, plain: float) -> None:
+        self.left = _MOST_LOST * plain
+        self.is_spent = False
+        self._tokens = self._seconds = 0.0  # of the steps that drafted since it was full
+
+    def book(self, seconds: float, plain: float, tokens: float | None) -> None:
+        """A step of ``seconds`` where a plain one takes ``plain``; ``tokens`` per row are what it gave, if it drafted."""
+        if tokens is not None:
+            self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+            self.left += tokens * plain - seconds
+        self.left += _LOST_SHARE * seconds
+        if self.left >= _MOST_LOST * plain:
+            self.left, self._tokens, self._seconds = _MOST_LOST * plain, 0.0, 0.0
+        self.is_spent = self.left <= 0 or self.is_spent and self.left < _TRUST * _MOST_LOST * plain
+
+    def settle(self, plain: float) -> None:
+        """A plain step takes ``plain`` seconds, as was just measured: if drafts gained after all, nothing is lost."""
+        if self._tokens * plain > self._seconds:
+            self.left, self.is_spent = _MOST_LOST * plain, False
+        self._tokens = self._seconds = 0.0
 
 
 def _cells(given: dict[Any, dict[Any, list[float]]]) -> dict[int, dict[int, Cell]]:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from specdec import Engine, Settings
-from specdec.control import MOST_DRAFT_TOKENS, Account, Adaptive, Experience
-from specdec.costs import Costs, read_costs, write_costs
+from specdec.control import MOST_DRAFT_TOKENS, Adaptive, Experience
+from specdec.costs import Account, Costs, read_costs, write_costs
 from specdec.draft import Outlook
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.suffix import SuffixDrafter
