@@ -26,7 +26,8 @@ from specdec.tree import MOST_NODES
 MOST_TREE_TOKENS = 32  # of one row's tree
 DEEPEST = 10  # levels of a tree
 WIDTH = 8  # nodes of a level that are read, and children that each of them may have
-SHARPNESS = {True: 4.0, False: 2.0}  # greedy: how much surer the target is of the draft's first choice than the draft
+# How much surer the target is of the draft's first choice than the draft is, greedy and in a race; measured.
+GREEDY_SHARPNESS, RACE_SHARPNESS = 4.0, 2.0
 CHANCES = (0.75, 0.15, 0.05, 0.03)  # that the first, second, ... child of a node is accepted where children are drawn
 
 _STEP = 1e-4  # what a level costs in log-probability, so that a certain child comes after its parent
@@ -159,7 +160,7 @@ class TreeDrafter(ModelDrafter):
         fitted = sequences.fit(logits)
         children = min(WIDTH, fitted.shape[-1])
         if sequences.only_largest:
-            fitted = fitted * SHARPNESS[True]
+            fitted = fitted * GREEDY_SHARPNESS
             found, tokens = fitted.topk(children, dim=-1)
             found = found - fitted.logsumexp(-1, keepdim=True)
         else:  # what wins the race that the target will run, and by how much
@@ -167,7 +168,7 @@ class TreeDrafter(ModelDrafter):
             offsets = torch.full((len(laws), 1), level, device=laws.device)
             chances = laws / sequences.randomness.target(offsets, laws.shape[-1])
             found, tokens = chances.topk(children, dim=-1)
-            found = (SHARPNESS[False] * found.log()).log_softmax(-1)
+            found = (RACE_SHARPNESS * found.log()).log_softmax(-1)
         scores = (scores.unsqueeze(-1) + found.clamp(min=_IMPOSSIBLE) - _STEP).flatten(1)
         parents = parents.unsqueeze(-1).expand(-1, -1, children).flatten(1)
         return _Nodes(scores, tokens.flatten(1), parents, torch.full_like(parents, -1), None)
