@@ -13,8 +13,8 @@ FOLDER = Path(__file__).parent
 VARIANTS = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
 
 
-def compiled(*sources: str, dtype: torch.dtype, purpose: str) -> ctypes.CDLL | None:
-    """As ``specdec.compiled.compiled``, of files of this folder; None without a variant for ``dtype`` too."""
+def compiled(source: str, *, dtype: torch.dtype, purpose: str) -> ctypes.CDLL | None:
+    """As ``specdec.compiled.compiled``, of a file of this folder and its headers; None without a variant for ``dtype``."""
     if dtype not in VARIANTS:
         return None
-    return compiler.compiled(*(FOLDER / name for name in sources), flags=VARIANTS[dtype], purpose=purpose)
+    return compiler.compiled(FOLDER / source, *sorted(FOLDER.glob("*.h")), flags=VARIANTS[dtype], purpose=purpose)

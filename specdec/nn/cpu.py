@@ -80,7 +80,7 @@ class Pass(Structure):
 @cache
 def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled functions for models of ``dtype``; None where there are none. Compiling takes seconds, once."""
-    found = compiled("cpu.c", "vectors.h", dtype=dtype, purpose="decoding")
+    found = compiled("cpu.c", dtype=dtype, purpose="decoding")
     if found is not None:
         found.readable.restype = c_int64
     return found
