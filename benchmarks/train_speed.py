@@ -33,6 +33,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 from specdec.machine import machine
 from specdec.nn.gpt import GPT, state_to_hf
 from specdec.training import data
+from specdec.training.memory import keep_freed_memory
 from specdec.training.objective import Pair, _PairLoss
 from specdec.training.optimizer import MasterAdamW, fast_dtype
 from specdec.training.recipe import Recipe, load_recipe
@@ -132,6 +133,7 @@ class HuggingFace:
 
 def speeds(recipe: Recipe, dtype: torch.dtype, steps: int, rounds: int) -> dict[str, object]:
     """Median tokens/s of the three, and the ratios asked for."""
+    keep_freed_memory()  # as training does; it helps the Trainer, too
     corpus = data.gather("stdlib")
     tokenizer = data.train_tokenizer(corpus.training, recipe.tokenizer.vocab_size, 1024)
     tokens = data.encode(tokenizer, corpus.training)

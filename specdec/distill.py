@@ -37,6 +37,7 @@ from specdec.training.cards import draft_card
 from specdec.training.distill_recipe import REPORT, DistillReport, DistillSettings, Evaluation, read_report
 from specdec.training.interrupt import Interrupt
 from specdec.training.losses import Teacher, acceptance, distillation_loss, length_weights
+from specdec.training.memory import keep_freed_memory
 from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
 from specdec.training.own_text import own_text
 from specdec.training.shapes import initialise, new_draft
@@ -129,6 +130,7 @@ class Distillation:
             vocab_size, end = len(self.token_map.to_target), None if end is None else self.token_map.lists[1][end]
         self.draft = new_draft(target.config, settings.shape, vocab_size, end).to(self.device)
         initialised = initialise(self.draft, target, None if self.token_map is None else self.token_map.to_target)
+        keep_freed_memory()
         self.optimizer = MasterAdamW(self.draft.train(), fast_dtype(self.device), weight_decay=0.01)
         self.held_out = self._encode(corpus.held_out)
         count, length = settings.evaluation_prompts, settings.prompt_tokens

@@ -26,6 +26,7 @@ from specdec.nn.heads import FeatureHead
 from specdec.training import checkpoint as files
 from specdec.training import data
 from specdec.training.interrupt import Interrupt
+from specdec.training.memory import keep_freed_memory
 from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
 from specdec.training.own_text import own_text
 
@@ -178,6 +179,7 @@ class HeadTraining:
         self.make_engine = engine
         weight = next(target.parameters())
         self.device = weight.device
+        keep_freed_memory()
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.bfloat16) else fast_dtype(self.device)
         torch.manual_seed(settings.seed)
         self.optimizer = MasterAdamW(cast(GPT, head.to(self.device).train()), dtype, weight_decay=0.01)

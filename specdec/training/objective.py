@@ -96,7 +96,7 @@ class _PairLoss(torch.autograd.Function):
     def forward(ctx: FunctionCtx, labels: Tensor, weight: float, positions: float, *states: Tensor) -> Tensor:
         models = list(zip(states[::2], states[1::2], strict=True))
         hidden_gradients = [torch.empty_like(hidden) for hidden, _ in models]
-        head_gradients = [torch.zeros_like(head, dtype=torch.float32) for _, head in models]
+        head_gradients: list[Tensor | None] = [None] * len(models)
         losses = torch.zeros(len(models), dtype=torch.float32, device=labels.device)
         for part in parts(len(labels), len(models[0][1])):
             logits = [hidden[part] @ head.T for hidden, head in models]
@@ -104,8 +104,11 @@ class _PairLoss(torch.autograd.Function):
             losses += part_losses
             for i, ((hidden, head), gradient) in enumerate(zip(models, gradients, strict=True)):
                 torch.mm(gradient, head, out=hidden_gradients[i][part])
-                head_gradients[i] += gradient.T @ hidden[part]
-        heads = [gradient.to(head.dtype) for gradient, (_, head) in zip(head_gradients, models, strict=True)]
+                head_gradients[i] = _added(head_gradients[i], gradient.T @ hidden[part])
+        heads = [
+            torch.zeros_like(head) if gradient is None else gradient.to(head.dtype)  # None: nothing was to be learned
+            for gradient, (_, head) in zip(head_gradients, models, strict=True)
+        ]
         ctx.save_for_backward(*(part for pair in zip(hidden_gradients, heads, strict=True) for part in pair))
         return losses.div_(positions)
 
@@ -114,6 +117,11 @@ class _PairLoss(torch.autograd.Function):
         gradients = ctx.saved_tensors  # type: ignore[attr-defined]
         factors = output_gradients[0].repeat_interleave(2).unbind()
         return None, None, None, *(part * factor for part, factor in zip(gradients, factors, strict=True))
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    """``total`` + ``part``, in float32 as soon as there are two to add."""
+    return part if total is None else total.float().add_(part)
 
 
 def _losses_and_gradients(

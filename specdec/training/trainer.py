@@ -30,6 +30,7 @@ from specdec.training import data
 from specdec.training.cards import pair_card
 from specdec.training.interrupt import Interrupt
 from specdec.training.journal import Journal
+from specdec.training.memory import keep_freed_memory
 from specdec.training.objective import Pair, agreement
 from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
 from specdec.training.parallel import Parallel
@@ -111,6 +112,7 @@ class Run:
         return tokens
 
     def _build(self, dtype: torch.dtype) -> None:
+        keep_freed_memory()
         self.dtype = dtype
         torch.manual_seed(self.settings.seed)
         self.target, self.draft = (_model(shape, self.tokenizer) for shape in (self.recipe.target, self.recipe.draft))
