@@ -37,6 +37,7 @@ from specdec.nn.attention import Axial, BigBird, Full, Hierarchical, Linear, Low
 from specdec.nn.gpt import GPT
 from specdec.picture import COLOURS
 from specdec.report import write_figures
+from specdec.stats import Stats
 from specdec.training.data import batch, encode, gather, windows
 
 from matplotlib import pyplot as plt  # isort: skip (after specdec.picture, which needs no display)
@@ -67,8 +68,9 @@ class Sizes:
     train_steps: int = 60
     train_length: int = 1024
     prompts: tuple[int, ...] = (1024, 2048, 4096, 8000)
+    prompts_each: int = 3
     new_tokens: int = 96
-    longest_seconds: float = 4.0  # a pattern that takes longer is not tried with longer texts
+    longest_seconds: float = 2.0  # a pattern that takes longer is not tried with longer texts
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Drafted:
-    """Decoding behind a prompt; tokens per second without the prompt's own pass."""
+    """Decoding behind prompts of one length; tokens per second without the prompts' own pass."""
 
     prompt: int
     plain: float
@@ -190,17 +192,22 @@ def drafting(model: GPT, text: Sequence[int], sizes: Sizes, window: int) -> list
     plain, own = Engine(target), Engine(target, SelfDrafter(target, in_bytes=False, window=window))
     found = []
     for length in sizes.prompts:
-        prompt, speeds, outputs = list(text[:length]), [], []
-        for engine in (plain, own) * 2:  # the first pair warms up
-            output = engine.generate([prompt], max_new_tokens=sizes.new_tokens, num_draft_tokens=4)
-            seconds = output.stats.total_seconds - output.stats.prefill_seconds
-            speeds.append(output.stats.num_generated_tokens / seconds)
-            outputs.append(output)
-        stats = outputs[-1].stats
-        same = outputs[-1].token_ids == outputs[-2].token_ids
-        plain_speed, own_speed = speeds[-2:]
-        found.append(Drafted(length, plain_speed, own_speed, stats.mean_acceptance_length, stats.acceptance_rate, same))
+        prompts = [list(text[start : start + length]) for start in range(0, sizes.prompts_each * length, length)]
+        outputs = {engine: [engine.generate([prompt], max_new_tokens=sizes.new_tokens, num_draft_tokens=4)
+                            for prompt in prompts[:1] + prompts][1:] for engine in (plain, own)}  # fmt: skip
+        speeds = [_speed([output.stats for output in outputs[engine]]) for engine in (plain, own)]
+        stats = [output.stats for output in outputs[own]]
+        tokens, rate = (statistics.fmean(values) for values in zip(
+            *((one.mean_acceptance_length, one.acceptance_rate) for one in stats), strict=True))  # fmt: skip
+        same = all(a.token_ids == b.token_ids for a, b in zip(outputs[plain], outputs[own], strict=True))
+        found.append(Drafted(length, *speeds, tokens, rate, same))
     return found
+
+
+def _speed(runs: Sequence[Stats]) -> float:
+    """Tokens per second of runs, without their prompts' own pass."""
+    seconds = sum(run.total_seconds - run.prefill_seconds for run in runs)
+    return sum(run.num_generated_tokens for run in runs) / seconds
 
 
 def table(found: Sequence[Cost], loss: dict[str, float], drafted: Sequence[Drafted]) -> list[Table]:
@@ -243,7 +250,9 @@ def draw(found: Sequence[Cost], loss: dict[str, float], drafted: Sequence[Drafte
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(MAKERS)}
     _lines(axes[0, 0], found, colours, lambda one: one.seconds * 1e3, "milliseconds, forward and backward")
     _lines(axes[0, 1], found, colours, lambda one: max(one.peak_bytes, 1) / 1e6, "peak memory, MB")
-    axes[0, 0].legend(frameon=False, fontsize=7)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=8
+    )
     names = sorted(loss, key=lambda name: -loss[name])
     axes[1, 0].barh(names, [loss[name] for name in names], color=[colours[name] for name in names])
     axes[1, 0].set_xlim(left=0.9 * min(loss.values(), default=0))

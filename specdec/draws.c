@@ -4,9 +4,7 @@
    Sums are added up in another order than torch's and logarithms are other ones, so a last bit may differ. Wherever that
    could decide, functions answer 0, and torch decides: what they do answer is what torch would. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "nn/vectors.h"
 
 #define STRIP 64 /* tokens looked at together */
 #define MOST 64  /* draft tokens of a row */
@@ -221,28 +219,23 @@ static int64_t coupled(const Row *row, int64_t *next) {
     }
 }
 
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef int32_t mask __attribute__((vector_size(64)));
-
 /* The token of the largest of `logits`; -1 where that is NaN or infinite */
-static int64_t largest_of(const float *logits, int64_t vocabulary) {
-    enum { LANES = sizeof(vec) / sizeof(float) };
+static int64_t largest_token(const float *logits, int64_t vocabulary) {
     vec most = {0};
-    mask is_wrong = {0};
+    ints is_wrong = {0};
     float best = -INFINITY;
     int64_t whole = vocabulary / LANES * LANES, token = 0, wrong = 0;
     most += best;
     for (int64_t i = 0; i < whole; i += LANES) {
         vec here = *(const vec *)(logits + i);
-        mask is_more = here > most;
-        most = (vec)(((mask)here & is_more) | ((mask)most & ~is_more));
+        most = choose(here > most, here, most);
         is_wrong |= here != here;
     }
     for (int j = 0; j < LANES; j++) best = most[j] > best ? most[j] : best, wrong |= is_wrong[j];
     for (int64_t i = whole; i < vocabulary; i++) best = logits[i] > best ? logits[i] : best, wrong |= logits[i] != logits[i];
     if (wrong || !isfinite(best)) return -1;
     for (; token < whole; token += LANES) {
-        mask is_here = *(const vec *)(logits + token) == (vec){0} + best;
+        ints is_here = *(const vec *)(logits + token) == (vec){0} + best;
         int64_t any = 0;
         for (int j = 0; j < LANES; j++) any |= is_here[j];
         if (any) break;
@@ -253,7 +246,42 @@ static int64_t largest_of(const float *logits, int64_t vocabulary) {
 
 /* tokens [count] of logits [count, vocabulary], `stride` apart */
 void largest(int64_t count, int64_t vocabulary, const float *logits, int64_t stride, int64_t *tokens) {
-    for (int64_t i = 0; i < count; i++) tokens[i] = largest_of(logits + i * stride, vocabulary);
+    for (int64_t i = 0; i < count; i++) tokens[i] = largest_token(logits + i * stride, vocabulary);
+}
+
+/* law = softmax(logits / temperature); 0 if there is none */
+static int64_t soften(const float *logits, float temperature, int64_t vocabulary, float *law) {
+    int64_t best = largest_token(logits, vocabulary), i = 0;
+    if (best < 0) return 0;
+    float most = logits[best] / temperature;
+    vec sums = {0};
+    for (; i + LANES <= vocabulary; i += LANES) {
+        vec x = *(const vec *)(logits + i) / temperature - most;
+        sums += *(vec *)(law + i) = choose(x > -87.0f, exponential(x), (vec){0});
+    }
+    double sum = total(sums);
+    for (; i < vocabulary; i++) sum += law[i] = expf(logits[i] / temperature - most);
+    float share = (float)(1 / sum);
+    for (i = 0; i < vocabulary; i++) law[i] *= share;
+    return 1;
+}
+
+/* Drafts to be drawn while a draft model goes on: as many as `count`, of laws [rows, count, vocabulary] written here. */
+typedef struct {
+    int64_t count, races;
+    const float *temperatures;
+    const int64_t *seeds, *starts;
+    float *laws;
+} Drafting;
+
+/* Tokens [rows] that follow in number `place`, of logits [rows, vocabulary], `stride` apart; a `Choose` of nn/cpu.c */
+int64_t choose_drawn(const Drafting *drafting, int64_t place, int64_t rows, int64_t vocabulary, const float *logits,
+                     int64_t stride, int64_t *tokens) {
+    float *laws = drafting->laws + place * vocabulary;
+    int64_t apart = drafting->count * vocabulary;
+    for (int64_t b = 0; b < rows; b++)
+        if (!soften(logits + b * stride, drafting->temperatures[b], vocabulary, laws + b * apart)) return 0;
+    return draw(rows, vocabulary, laws, apart, drafting->seeds, drafting->starts, place, drafting->races, tokens);
 }
 
 /* found [2, rows]: how many drafted tokens [rows, drafted] are the `largest` [rows, drafted + 1], and the one after them */

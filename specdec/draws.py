@@ -7,7 +7,8 @@ order in which torch adds up could matter. What they do return is what torch wou
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import Structure, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from torch import Tensor
 from specdec.compiled import compiled
 
 MOST = 64  # draft tokens of a row, as in draws.c
+SOURCES = tuple(Path(__file__).parent / name for name in ("draws.c", "nn/vectors.h"))
 RULES = {"rejection": 0, "block": 1, "coupled": 2}
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where there are none. Products and sums must be rounded as torch rounds them."""
-    found = compiled(Path(__file__).with_name("draws.c"), flags=("-ffp-contract=off",), purpose="sampling")
+    found = compiled(*SOURCES, flags=("-ffp-contract=off",), purpose="sampling")
     if found is not None:
         found.uniforms.argtypes = [*[c_int64] * 2, *[c_void_p] * 3]
         found.draw.argtypes = [*[c_int64] * 2, c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 2, c_void_p]
@@ -32,6 +34,47 @@ def library() -> ctypes.CDLL | None:
         found.verdict.argtypes = [*[c_int64] * 4, *[c_void_p] * 7]
         found.draw.restype = found.verdict.restype = c_int64
     return found
+
+
+class _Drafting(Structure):
+    """As in draws.c."""
+
+    _fields_ = [*((name, c_int64) for name in ("count", "races")),
+                *((name, c_void_p) for name in ("temperatures", "seeds", "starts", "laws"))]  # fmt: skip
+
+
+class Drawing:
+    """How a compiled draft model draws what it goes on with: of the softmax of its logits / temperature, row by row.
+
+    temperatures, seeds and starts [B]; it writes the laws into ``laws`` [B, K, V]. ``function`` and ``asked`` are
+    addresses of a ``Choose`` of nn/cpu.c and of what it wants to know.
+    """
+
+    def __init__(
+        self,
+        function: int,
+        temperatures: Sequence[float],
+        seeds: Tensor,
+        starts: Tensor,
+        laws: Tensor,
+        *,
+        coupled: bool,
+    ) -> None:
+        self.function, self.laws = function, laws
+        self._kept = torch.tensor(temperatures, dtype=torch.float32), seeds.contiguous(), starts.contiguous(), laws
+        self._described = _Drafting(laws.shape[1], coupled, *(part.data_ptr() for part in self._kept))
+        self.asked = ctypes.addressof(self._described)
+
+
+def drawing(
+    temperatures: Sequence[float], seeds: Tensor, starts: Tensor, laws: Tensor, *, coupled: bool
+) -> Drawing | None:
+    """A ``Drawing``; None where torch must draw."""
+    if not seeds.is_cpu or (compiled := library()) is None:
+        return None
+    function = ctypes.cast(compiled.choose_drawn, c_void_p).value
+    assert function is not None
+    return Drawing(function, temperatures, seeds, starts, laws, coupled=coupled)
 
 
 def uniforms(seeds: Tensor, starts: Tensor, count: int) -> Tensor | None:

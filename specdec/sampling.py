@@ -121,6 +121,13 @@ class Filters:
     greedy: bool
     warpers: LogitsProcessorList
 
+    @cached_property
+    def temperature(self) -> float | None:
+        """What scores are divided by, if nothing else happens to them before the softmax."""
+        if self.greedy or any(type(warper) is not TemperatureLogitsWarper for warper in self.warpers):
+            return None
+        return math.prod(warper.temperature for warper in self.warpers)
+
 
 @lru_cache(maxsize=256)
 def filters(params: SamplingParams) -> Filters:
@@ -282,6 +289,10 @@ class Randomness:
             offsets = torch.full((len(self.seeds), 1), offset, device=self.seeds.device)
             return race(draft_law, self.target(offsets, draft_law.shape[-1]))
         return quantile(draft_law, self._accept_and_draft[1].narrow(1, offset, 1).unsqueeze(-1))
+
+    def drawing(self, temperatures: Sequence[float], laws: Tensor) -> draws.Drawing | None:
+        """How compiled drafters draw by themselves what ``draft`` would, and write into ``laws`` [B, K, V]; None: not."""
+        return draws.drawing(temperatures, self.seeds, self.starts, laws, coupled=self.coupled)
 
     @cached_property
     def _accept_and_draft(self) -> Tensor:

@@ -230,6 +230,13 @@ class Sequences:
             logits[b, 0] = row.processors.draft(row.new_tokens, drafted[b], logits[b, 0])
         return laws(logits, self._groups)
 
+    def drawing(self, laws: Tensor) -> draws.Drawing | None:
+        """How a compiled drafter draws tokens and fills their ``laws`` [B, K, V]; None where it takes more than that."""
+        temperatures = [found for row in self.rows if (found := row.filters.temperature) is not None]
+        if self._reads_prefix or len(temperatures) < len(self.rows):
+            return None
+        return self.randomness.drawing(temperatures, laws)
+
     def commit(self, logits: Tensor, is_sound: Tensor, draft: Draft, verdict: Verdict) -> Step:
         """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation.
 

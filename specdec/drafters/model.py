@@ -24,6 +24,8 @@ class ModelDrafter:
     shorter than the target's: it then reads a window of the row's latest tokens.
     """
 
+    draws_itself = True  # a model's own softmax is the law, and its ids are the target's
+
     def __init__(self, lm: CachedLM) -> None:
         self.lm = lm
         self._count = 0
@@ -41,18 +43,19 @@ class ModelDrafter:
         count = min(max(lengths), self.lm.context // 2)
         if count <= 0:
             return Draft.empty(len(sequences), sequences.device)
-        unread, counts = self._new_tokens(sequences, count)
+        unread, _ = self._new_tokens(sequences, count)
         if sequences.only_largest:
             return self._guess(sequences, unread, count, lengths)
         tokens = torch.empty(len(sequences), count, dtype=torch.long, device=sequences.device)
-        laws: list[Tensor] = []
-        logits = self.lm.append(unread, counts, last_only=True).unsqueeze(1)
-        for i in range(count):
-            if i > 0:
+        probs = torch.empty(*tokens.shape, sequences.vocab_size, device=sequences.device)
+        done, logits = self._draw_itself(sequences, unread, tokens, probs)
+        for i in range(done, count):
+            if logits is None:
                 logits = self.lm.append(self._own(tokens[:, i - 1 : i]))
-            laws.append(self._law(sequences, logits, tokens[:, :i]))
-            tokens[:, i : i + 1] = sequences.randomness.draft(i, laws[i])
-        probs = torch.cat(laws, dim=1)
+            law = self._law(sequences, logits, tokens[:, :i])
+            probs[:, i : i + 1] = law
+            tokens[:, i : i + 1] = sequences.randomness.draft(i, law)
+            logits = None
         # What was drawn of no law is not proposed. That depends on the text before it alone, so the text's law is kept.
         allowed = torch.tensor(lengths, device=sequences.device).minimum(leading(is_law(probs)))
         return Draft(tokens, allowed, None if sequences.greedy else probs)
@@ -100,6 +103,19 @@ class ModelDrafter:
         """What the draft model itself goes on with, behind its ``unread`` tokens [B, T]."""
         guessed = self.lm.guess(unread, self._unread, count, sequences.vocab_size)
         return Draft(guessed.to(sequences.device), torch.tensor(lengths, device=sequences.device).clamp(max=count))
+
+    def _draw_itself(self, sequences: Sequences, unread: Tensor, tokens: Tensor, probs: Tensor) -> tuple[int, Tensor | None]:
+        """Read ``unread`` [B, T], and what a compiled model can draw by itself after it, into tokens and laws.
+
+        How many tokens of a row that are, and the logits [B, 1, W] of the next one unless that is all.
+        """
+        drawing = sequences.drawing(probs) if self.draws_itself else None
+        drawn = None if drawing is None else self.lm.draw(unread, self._unread, drawing)
+        if drawn is None:
+            return 0, self.lm.append(unread, self._unread, last_only=True).unsqueeze(1)
+        found, logits = drawn
+        tokens[:, : found.shape[1]] = found
+        return found.shape[1], logits
 
     def _law(self, sequences: Sequences, logits: Tensor, tokens: Tensor) -> Tensor:
         """The laws [B, 1, V] of the draft model's logits [B, 1, W] after ``tokens`` [B, i], which were drafted."""

@@ -145,6 +145,8 @@ class VocabularyDrafter(ModelDrafter):
     is forgotten and read anew.
     """
 
+    draws_itself = False
+
     def __init__(self, lm: CachedLM, token_map: TokenMap, transcript: Callable[[], Transcript]) -> None:
         super().__init__(lm)
         self.token_map = token_map.to(lm.device)

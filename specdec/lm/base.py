@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.draws import Drawing
 from specdec.errors import ConfigError, PromptError
 from specdec.lm.features import Features
 from specdec.tree import Branches
@@ -112,6 +113,14 @@ class CachedLM(ABC):
                 logits = self.append(guessed[-1])[:, 0]
             guessed.append(logits[:, :choices].float().argmax(-1, keepdim=True))
         return torch.cat(guessed, dim=1)
+
+    def draw(self, tokens: Tensor, counts: Sequence[int], drawing: Drawing) -> tuple[Tensor, Tensor | None] | None:
+        """As ``guess``, with tokens drawn as ``drawing`` says; None, and nothing read, where that is not compiled.
+
+        Where it gets so close that torch must draw, tokens are fewer than laws; then the logits [B, 1, W] of the next
+        one come along.
+        """
+        return None
 
     @torch.inference_mode()
     def fill(self, texts: Sequence[Sequence[int]], *, first: int = 0) -> None:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specdec.draws import Drawing
 from specdec.errors import PromptError
 from specdec.lm.base import CachedLM
 from specdec.lm.paged import BLOCK, PagedCache
@@ -109,26 +110,43 @@ class CpuLM(CachedLM):
 
     @torch.inference_mode()
     def guess(self, tokens: Tensor, counts: Sequence[int], count: int, choices: int) -> Tensor:
+        found = self._chain(tokens, counts, count, choices, None, None)
+        return super().guess(tokens, counts, count, choices) if found is None else found[0]
+
+    @torch.inference_mode()
+    def draw(self, tokens: Tensor, counts: Sequence[int], drawing: Drawing) -> tuple[Tensor, Tensor | None] | None:
+        _, count, choices = drawing.laws.shape
+        if choices > self.vocab_size:
+            return None
+        found = self._chain(tokens, counts, count, choices, drawing.function, drawing.asked)
+        if found is None:
+            return None
+        chosen, number, logits = found
+        return (chosen, None) if number == count else (chosen[:, :number], logits[:, None, :choices])
+
+    def _chain(
+        self, tokens: Tensor, counts: Sequence[int], count: int, choices: int, function: int | None, asked: int | None
+    ) -> tuple[Tensor, int, Tensor] | None:
+        """Tokens [B, count] that cpu.c's ``chain`` finds, how many of a row it did, and the last logits [B, N]."""
         rows = len(tokens)
         if sum(counts) > MOST_TOKENS or self._others is not None and sum(counts) >= self._others.least_tokens:
-            return super().guess(tokens, counts, count, choices)
+            return None
         started = time.perf_counter()
         lengths = [length + more for length, more in zip(self.lengths[:rows], self._pending, strict=False)]
-        read = [more + count - 1 for more in counts]
-        self._extend(lengths, read, 0)
+        self._extend(lengths, [more + count - 1 for more in counts], 0)
         first = self._described(_flat(tokens, lengths, counts), 0, True)
         following = self._described(_flat(tokens[:, :1], lengths, [1] * rows), 0, True)
         logits = torch.empty(rows, self._packed.head.n, dtype=torch.float32)
-        guessed = torch.empty(rows, count, dtype=torch.long)
+        chosen = torch.empty(rows, count, dtype=torch.long)
         self._check(first)
-        self._library.chain(
+        number = self._library.chain(
             ctypes.byref(first), ctypes.byref(following), self._packed.reference, ctypes.c_int64(count),
             ctypes.c_int64(min(choices, self.vocab_size)), ctypes.c_void_p(logits.data_ptr()),
-            ctypes.c_void_p(guessed.data_ptr()),
+            ctypes.c_void_p(chosen.data_ptr()), ctypes.c_void_p(function), ctypes.c_void_p(asked),
         )  # fmt: skip
-        self._read(rows, 0, read, 0)
+        self._read(rows, 0, [more + min(number, count - 1) for more in counts], 0)
         self.forward_seconds += time.perf_counter() - started
-        return guessed
+        return chosen, number, logits
 
     def _forward(self, tokens: Tensor, lengths: list[int], first: int, *, needs_logits: bool) -> Tensor:
         rows, width = tokens.shape

@@ -25,6 +25,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 BLOCK = 64
 
@@ -244,23 +245,30 @@ class Hierarchical(Pattern):
         length = queries.shape[2]
         count = -(-length // BLOCK)
         q, k, v = (_in_blocks(x, count) for x in (queries, keys, values))
-        liked = self._liked(q.flatten(2, 3), k, torch.arange(count * BLOCK, device=q.device))
-        places = torch.arange(BLOCK, device=q.device)
-        near = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        near = near.masked_fill(places > places.unsqueeze(1), float("-inf")).flatten(2, 3)
-        index = liked.clamp(min=0)[..., None, None]
-        far_keys, far_values = (
-            x.unsqueeze(2)
-            .expand(-1, -1, index.shape[2], -1, -1, -1)
-            .gather(3, index.expand(*index.shape[:4], *x.shape[3:]))
-            for x in (k, v)
-        )  # [B, H, T, chosen, BLOCK, D]
-        far = (far_keys @ q.flatten(2, 3)[..., None, :, None]).squeeze(-1) * q.shape[-1] ** -0.5
-        far = far.masked_fill((liked < 0).unsqueeze(-1), float("-inf")).flatten(3)
+        q = q * q.shape[-1] ** -0.5
+        places = torch.arange(count * BLOCK, device=q.device).view(count, BLOCK)
+        liked = self._liked(q.flatten(2, 3), k, places.flatten()).unflatten(2, (count, BLOCK))
+        mixed = [  # every token looks at blocks of its own: gathered for one block of queries at a time, in backward again
+            checkpoint(self._of_block, q[:, :, own], k, v, liked[:, :, own], own, use_reentrant=False)
+            for own in range(count)
+        ]
+        return torch.cat(mixed, dim=2)[:, :, :length]
+
+    def _of_block(self, queries: Tensor, keys: Tensor, values: Tensor, liked: Tensor, own: int) -> Tensor:
+        """Of the queries [B, H, BLOCK, D] of the block ``own``, over keys and values [B, H, count, BLOCK, D]."""
+        places = torch.arange(BLOCK, device=queries.device)
+        near = queries @ keys[:, :, own].transpose(-1, -2)
+        near = near.masked_fill(places > places.unsqueeze(1), float("-inf"))
+        rows, heads = (
+            torch.arange(n, device=queries.device).view(shape)
+            for n, shape in ((keys.shape[0], (-1, 1, 1, 1)), (keys.shape[1], (-1, 1, 1)))
+        )
+        index = liked.clamp(min=0)  # [B, H, BLOCK, chosen]
+        far_keys, far_values = (x[rows, heads, index].flatten(3, 4) for x in (keys, values))
+        far = (far_keys @ queries.unsqueeze(-1)).squeeze(-1)
+        far = far.masked_fill((liked < 0).repeat_interleave(BLOCK, dim=-1), float("-inf"))
         weights = torch.cat([near, far], dim=-1).softmax(-1)
-        mixed = (weights[..., :BLOCK].unflatten(2, (count, BLOCK)) @ v).flatten(2, 3)
-        mixed = mixed + (weights[..., None, BLOCK:] @ far_values.flatten(3, 4)).squeeze(-2)
-        return mixed[:, :, :length]
+        return weights[..., :BLOCK] @ values[:, :, own] + (weights[..., None, BLOCK:] @ far_values).squeeze(-2)
 
     def reference(self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         full, places = keys.shape[2] // BLOCK, torch.arange(keys.shape[2], device=keys.device)

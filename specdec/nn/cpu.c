@@ -495,12 +495,28 @@ void product(const Linear *by, int64_t tokens, const elem *x, int64_t ldx, float
     linear(by, tokens, x, ldx, out, ldo, 0);
 }
 
-/* Greedy drafting: read `first`, then token by token what is likeliest after it; chosen [rows, count], all of them among
-   the first `choices` ids. `next` has room for one token of every row. */
-void chain(const Pass *first, const Pass *next, const Model *model, int64_t count, int64_t choices, float *logits,
-           int64_t *chosen) {
+/* Chooses tokens [rows] in number `place` after `first`, among the first `choices` ids of logits [rows, choices], `stride`
+   apart; 0 if it cannot. */
+typedef int64_t Choose(const void *asked, int64_t place, int64_t rows, int64_t choices, const float *logits, int64_t stride,
+                       int64_t *tokens);
+
+static int64_t choose_largest(const void *asked, int64_t place, int64_t rows, int64_t choices, const float *logits,
+                              int64_t stride, int64_t *tokens) {
+    (void)asked, (void)place;
+    for (int64_t row = 0; row < rows; row++, logits += stride) {
+        tokens[row] = 0;
+        for (int64_t n = 1; n < choices; n++) tokens[row] = logits[n] > logits[tokens[row]] ? n : tokens[row];
+    }
+    return 1;
+}
+
+/* Drafting: read `first`, then token by token what `choose` (0: the likeliest) finds after it; chosen [rows, count]. `next`
+   has room for one token of every row. How many were chosen; where fewer, the logits are those of the next. */
+int64_t chain(const Pass *first, const Pass *next, const Model *model, int64_t count, int64_t choices, float *logits,
+              int64_t *chosen, Choose *choose, const void *asked) {
     int64_t *ids = (int64_t *)next->ids, *positions = (int64_t *)next->positions, *places = (int64_t *)next->places;
     int64_t rows = first->rows;
+    if (!choose) choose = choose_largest;
     for (int64_t i = 0; i < count; i++) {
         const Pass *pass = i ? next : first;
         forward(pass, model);
@@ -510,12 +526,8 @@ void chain(const Pass *first, const Pass *next, const Model *model, int64_t coun
             positions[row] = first->positions[last], places[row] = first->places[last];
         }
         product(&model->head, rows, pass->h, pass->ld_h, logits, model->head.n, pass->threads);
-        for (int64_t row = 0; row < rows; row++) {
-            const float *here = logits + row * model->head.n;
-            int64_t best = 0;
-            for (int64_t n = 1; n < choices; n++) best = here[n] > here[best] ? n : best;
-            chosen[row * count + i] = ids[row] = best;
-            positions[row]++, places[row]++;
-        }
+        if (!choose(asked, i, rows, choices, logits, model->head.n, ids)) return i;
+        for (int64_t row = 0; row < rows; row++) chosen[row * count + i] = ids[row], positions[row]++, places[row]++;
     }
+    return count;
 }
