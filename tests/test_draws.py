@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from specdec import Engine, draws
 from specdec.draft import Draft
 from specdec.drafters.model import ModelDrafter
-from specdec.sampling import Randomness
+from specdec.lm.cpu import CpuLM
+from specdec.sampling import Randomness, SamplingParams, filters
 from specdec.verify import RULES, greedy
-from toys import TableLM, random_table
+from toys import TableLM, noisy, random_table, tiny_gpt
 
 pytestmark = pytest.mark.skipif(draws.library() is None, reason="no C compiler")
 SIZES = [(1, 1, 5), (300, 4, 7), (100, 3, 64), (5, 0, 65), (8, 5, 1000), (2, 7, 4100)]  # rows, draft tokens, vocabulary
@@ -130,3 +132,71 @@ def test_texts_are_the_same_without_a_compiler(rule: str, by_torch: Callable[...
         return engine.generate([[1], [2, 3], [4]], rule=rule, num_draft_tokens=3, **settings).token_ids
 
     assert texts() == by_torch(texts)
+
+
+def drafting(lm: CpuLM) -> Engine:
+    return Engine(CpuLM(tiny_gpt(0)), ModelDrafter(lm))
+
+
+@every_rule
+def test_a_compiled_draft_model_draws_by_itself_what_it_would_be_asked_for(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    draw = CpuLM.draw
+    monkeypatch.setattr(CpuLM, "draw", lambda self, *given: made.append(draw(self, *given)) or made[-1])
+
+    def texts(*, itself: bool) -> list[list[int]]:
+        monkeypatch.setattr(ModelDrafter, "draws_itself", itself)
+        settings = {"seed": [3, 4, 5], "temperature": [1.0, 0.7, 1.3], "max_new_tokens": 40}
+        engine = drafting(CpuLM(noisy(tiny_gpt(0), 0.02)))
+        return engine.generate([[1], [2, 3], [4]], rule=rule, num_draft_tokens=5, **settings).token_ids
+
+    expected = texts(itself=False)
+    assert not made
+    assert texts(itself=True) == expected
+    assert made and all(found is not None for found in made)
+
+
+@pytest.mark.parametrize("drawn", [0, 2])
+def test_what_is_too_close_to_call_is_drawn_by_torch_and_the_chain_goes_on(
+    drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function that gives up in the middle of every chain, as draws.c does where rounding could decide."""
+    choose = ctypes.CFUNCTYPE(
+        ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p
+    )
+    compiled = choose(ctypes.cast(draws.library().choose_drawn, ctypes.c_void_p).value)
+    given_up = choose(lambda asked, place, *given: 0 if place == drawn else compiled(asked, place, *given))
+
+    def text() -> list[list[int]]:
+        engine = drafting(CpuLM(noisy(tiny_gpt(0), 0.02)))
+        return engine.generate([[1], [2, 3]], temperature=0.8, seed=7, num_draft_tokens=5, max_new_tokens=40).token_ids
+
+    expected, made = text(), draws.Drawing
+
+    def giving_up(function: int, *given: Any, **named: Any) -> draws.Drawing:
+        return made(ctypes.cast(given_up, ctypes.c_void_p).value, *given, **named)
+
+    monkeypatch.setattr(draws, "Drawing", giving_up)
+    assert text() == expected
+
+
+def test_a_draft_model_without_laws_proposes_nothing() -> None:
+    broken = tiny_gpt(1)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(torch.nan)
+    engine = drafting(CpuLM(broken))
+    settings = {"temperature": 1.0, "seed": 3, "max_new_tokens": 12, "rule": "coupled"}
+    output = engine.generate([[1, 2]], num_draft_tokens=3, **settings)
+    assert output.token_ids == Engine(CpuLM(tiny_gpt(0))).generate([[1, 2]], num_draft_tokens=0, **settings).token_ids
+    assert output.stats.num_draft_tokens == 0
+
+
+def test_filters_other_than_the_temperature_are_left_to_torch() -> None:
+    def temperature(**given: Any) -> float | None:
+        return filters(SamplingParams(**given)).temperature
+
+    assert temperature(temperature=1.0) == 1 and temperature(temperature=0.5) == 0.5
+    assert temperature() is None and temperature(temperature=0.5, top_p=0.9) is None
+    assert temperature(temperature=1.0, top_k=4) is None
