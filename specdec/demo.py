@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from specdec import bench
+from specdec.distill import distill_checkpoint
 from specdec.draft import Drafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.suffix import SuffixDrafter
@@ -22,6 +24,7 @@ from specdec.machine import cache_directory
 from specdec.picture import draw
 from specdec.text import TextStream
 from specdec.training.data import gather, held_out_prompts
+from specdec.training.distill_recipe import DistillSettings
 from specdec.training.optimizer import fast_dtype
 from specdec.training.recipe import Recipe, parse_recipe
 from specdec.training.trainer import train
@@ -29,6 +32,8 @@ from specdec.tuned import LOOKUP
 
 BATCHES = (1, 8)
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 96, 3
+ON_TEXT = "draft-on-text"
+DISTILLATION = DistillSettings(max_seconds=75, on_policy=0.6, patience=0)
 
 
 def fast_dtype_name() -> str:
@@ -47,13 +52,28 @@ def demo_pair(console: Console | None = None) -> Path:
     console = console or Console(stderr=True)
     recipe = demo_recipe()
     pair = cache_directory() / f"demo-{recipe.fingerprint()[:12]}"
-    if (pair / "report.json").is_file():
+    if (pair / "report.json").is_file() and _is_distilled(pair):
         console.print(f"[bold]1. Trained pair[/] found in {pair}")
         return pair
     console.print("[bold]1. Training[/] a target and a draft GPT together on the standard library's source")
     console.print(f"   into {pair} (minutes, once; Ctrl-C saves a checkpoint and the next run goes on from it)")
     train(recipe, pair, decode=accepted_length)
+    console.print("   A narrower draft learns what the target writes; the one that learned from text alone is kept")
+    _distil(pair)
     return pair
+
+
+def _is_distilled(pair: Path) -> bool:
+    return (pair / ON_TEXT).is_dir() and (pair / "draft").is_dir()
+
+
+def _distil(pair: Path) -> None:
+    """Put a draft that learned from the target in the place of the one that learned from text; that becomes ON_TEXT."""
+    made, draft, on_text = pair / "distilled", pair / "draft", pair / ON_TEXT
+    if not on_text.is_dir():
+        distill_checkpoint(str(pair / "target"), made, "stdlib", DISTILLATION, dtype=fast_dtype_name())
+        os.replace(draft, on_text)
+    os.replace(made, draft)
 
 
 def pair_or_demo(target: str | None, draft: Sequence[str] | None) -> tuple[str, str | list[str]]:

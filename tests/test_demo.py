@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from specdec import demo
+from specdec.training.distill_recipe import DistillSettings
 from specdec.training.recipe import load_recipe
 
 TINY = Path(__file__).parents[1] / "models/tiny.toml"
@@ -21,6 +22,7 @@ def test_demo_trains_decodes_checks_and_draws(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(demo, "demo_recipe", lambda: load_recipe(TINY))
     monkeypatch.setattr(demo, "NEW_TOKENS", 12)
     monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setattr(demo, "DISTILLATION", DistillSettings(max_tokens=2000, on_policy=0.5, new_tokens=16))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first, second = StringIO(), StringIO()
     demo.demo(tmp_path / "demo.png", Console(file=first, width=120))

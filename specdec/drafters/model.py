@@ -104,7 +104,9 @@ class ModelDrafter:
         guessed = self.lm.guess(unread, self._unread, count, sequences.vocab_size)
         return Draft(guessed.to(sequences.device), torch.tensor(lengths, device=sequences.device).clamp(max=count))
 
-    def _draw_itself(self, sequences: Sequences, unread: Tensor, tokens: Tensor, probs: Tensor) -> tuple[int, Tensor | None]:
+    def _draw_itself(
+        self, sequences: Sequences, unread: Tensor, tokens: Tensor, probs: Tensor
+    ) -> tuple[int, Tensor | None]:
         """Read ``unread`` [B, T], and what a compiled model can draw by itself after it, into tokens and laws.
 
         How many tokens of a row that are, and the logits [B, 1, W] of the next one unless that is all.
