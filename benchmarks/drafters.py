@@ -66,7 +66,7 @@ def methods(tokens: int, target: Path, temperature: float) -> dict[str, Method]:
     chains: dict[str, Engine] = {name: again(draft=trained(name, tokens, target))
                                  for name in (ON_TEXT, DISTILLED, BLOCK, EAGLE)}  # fmt: skip
     distilled = trained(DISTILLED, tokens, target)
-    chains |= {"suffix": again(draft="suffix"), "the target itself": load(target, draft="self", dtype=fast_dtype_name()),
+    chains |= {"suffix": again(draft="suffix"), "the target itself": again(draft="self"),
                "distilled and suffix": again(draft=[distilled, "suffix"])}  # fmt: skip
     tree = again(draft=distilled, tree=True)
     ways = {PLAIN: (plain, 0)}
