@@ -43,9 +43,9 @@ def _speed_bars(axes: Axes, measurements: Sequence[Measurement], colours: dict[s
     axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
     axes.set_ylabel("tokens per second")
     axes.set_title("speed (and ratio to plain decoding)", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.margins(y=0.25)  # room for the legend
+    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.12)
 
 
 def _acceptance_lines(axes: Axes, measurements: Sequence[Measurement], colours: dict[str, str]) -> None:
