@@ -31,13 +31,12 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from specdec.checkpoints import load_model
 from specdec.demo import demo_pair, fast_dtype_name
 from specdec.drafters.own import SelfDrafter
-from specdec.engine import Engine
+from specdec.engine import Engine, Output
 from specdec.lm.cpu import CpuLM
 from specdec.nn.attention import Axial, BigBird, Full, Hierarchical, Linear, LowRank, Pattern, Pooled, Window
 from specdec.nn.gpt import GPT
 from specdec.picture import COLOURS
 from specdec.report import write_figures
-from specdec.stats import Stats
 from specdec.training.data import batch, encode, gather, windows
 
 from matplotlib import pyplot as plt  # isort: skip (after specdec.picture, which needs no display)
@@ -193,9 +192,17 @@ def drafting(model: GPT, text: Sequence[int], sizes: Sizes, window: int) -> list
     found = []
     for length in sizes.prompts:
         prompts = [list(text[start : start + length]) for start in range(0, sizes.prompts_each * length, length)]
-        outputs = {engine: [engine.generate([prompt], max_new_tokens=sizes.new_tokens, num_draft_tokens=4)
-                            for prompt in prompts[:1] + prompts][1:] for engine in (plain, own)}  # fmt: skip
-        speeds = [_speed([output.stats for output in outputs[engine]]) for engine in (plain, own)]
+        runs: dict[Engine, list[list[Output]]] = {plain: [], own: []}
+        for _ in range(sizes.rounds + 1):  # the first warms up; later ones find the prompts read
+            for engine, found_so_far in runs.items():
+                found_so_far.append(
+                    [
+                        engine.generate([prompt], max_new_tokens=sizes.new_tokens, num_draft_tokens=4)
+                        for prompt in prompts
+                    ]
+                )
+        speeds = [statistics.median(map(_speed, runs[engine][1:])) for engine in (plain, own)]
+        outputs = {engine: made[-1] for engine, made in runs.items()}
         stats = [output.stats for output in outputs[own]]
         tokens, rate = (statistics.fmean(values) for values in zip(
             *((one.mean_acceptance_length, one.acceptance_rate) for one in stats), strict=True))  # fmt: skip
@@ -204,8 +211,9 @@ def drafting(model: GPT, text: Sequence[int], sizes: Sizes, window: int) -> list
     return found
 
 
-def _speed(runs: Sequence[Stats]) -> float:
-    """Tokens per second of runs, without their prompts' own pass."""
+def _speed(outputs: Sequence[Output]) -> float:
+    """Tokens per second, without the prompts' own passes."""
+    runs = [output.stats for output in outputs]
     seconds = sum(run.total_seconds - run.prefill_seconds for run in runs)
     return sum(run.num_generated_tokens for run in runs) / seconds
 

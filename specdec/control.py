@@ -28,6 +28,8 @@ _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many afte
 _PROBE_STEPS, _PROBE_TOKENS = 4, 2  # of one such try; the first step pays for reading what was not read
 _LEAST_READ = 32  # unread tokens that say what reading costs
 _STAY, _LONGEST_STAY = 4, 32  # steps that a choice is kept; twice as many each time it stays the same
+_WORSE = 0.75  # of what was expected of a row: less is no chance
+_HARDLY = 8  # tokens drafted for each accepted one
 _NEW = 0.05  # weight of the latest step in running means
 _REST, _LONGEST_REST = 3, 48  # steps of plain decoding after it was found best; twice as many each time again
 _LONGEST_DOZE = 16  # the same where a look at the text may change the verdict at any token
@@ -64,8 +66,12 @@ class Experience:
 
     def rates(self, ids: Sequence[int], *, pooled: bool = True) -> Table:
         """The chance that the next guess of each kind is right, for every row, [B, N]."""
+        own = np.array([self._rows.get(row, self._nothing) for row in ids])
         prior = self._common_rates() if pooled else self.priors
-        return _rate(np.array([self._rows.get(row, self._nothing) for row in ids]), prior)
+        if pooled and self._chain:  # a row that fares clearly worse than others where it was seen does so elsewhere
+            share = (own[:, 0].sum(1) + _EVIDENCE) / ((own[:, 1] * prior).sum(1) + _EVIDENCE)
+            prior = prior * np.where(share < _WORSE, share, 1.0)[:, None]
+        return _rate(own, prior)
 
     def _common_rates(self) -> Table:
         if self._common_known is None:
@@ -177,7 +183,7 @@ class Adaptive:
         self._since, self._wait = 0, _FIRST_WAIT  # steps since a model drafted, and until it will be tried
         self._has_read: set[int] = set()  # the rows whose text the draft model knows but for what came since
         self._probing = 0  # steps of the probe under way that are left
-        self._tokens = 1.0  # that a row gained per step, lately
+        self._tokens, self._seconds = 1.0, 0.0  # what a row gained per step and what that usually takes, lately
         self._rows = self._length = self._age = self._since_plain = 0
         self._stay = _STAY
         self._check = 0  # plain steps to measure before anything else
@@ -255,6 +261,7 @@ class Adaptive:
         usual = float(self.costs.passes(rows, mean)[mean])
         usual += float(self.costs.drafts(rows, width)[width]) if draft_seconds else 0.0
         usual = min(usual, draft_seconds + step_seconds, (tokens + _MOST_AT_ONCE) * plain)
+        self._seconds += (_NEW if self._seconds else 1.0) * (usual - self._seconds)
         rested, self._rested = self._rested * plain, 0
         self._elapsed += usual + rested
         if rested and self._account is not None:
@@ -262,9 +269,13 @@ class Adaptive:
         if is_try:
             self._last_try = max(0.0, usual + self.costs.reading * unread - tokens * plain)
             self._tried += self._last_try
+            if self._account is not None:
+                self._account.book_try(usual, plain, tokens)
         else:  # what a draft model had to read was weighed before
             self._wait = _FIRST_WAIT if draft_seconds else self._wait
             self._book(usual, plain, tokens if width else None)
+            if _HARDLY * sum(step.accepted) < sum(step.drafted):  # as little as that is no reason to stay with a choice
+                self._age, self._stay = 0, _STAY
 
     def _book(self, seconds: float, plain: float, tokens: float | None) -> None:
         """Note a step that was no try; where drafts have lost too much, measure plain decoding before that is believed."""
@@ -286,7 +297,8 @@ class Adaptive:
         """What the time of one draft token of a model could have brought instead, in tokens per row."""
         if not self.costs.knows(self._rows, 1):
             return 0.0
-        return float(self.costs.drafts(self._rows, 1)[1] / self.costs.passes(self._rows, 0)[0] * self._tokens)
+        seconds = self._seconds or float(self.costs.passes(self._rows, 0)[0])
+        return float(self.costs.drafts(self._rows, 1)[1]) / seconds * self._tokens
 
     def _decide(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> None:
         """Choose the length of the next drafts, and how many steps to stay with it."""

@@ -43,7 +43,7 @@ def test_losses_are_of_what_was_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_drafting_tells_whether_the_text_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = tiny_gpt(0, context=600), [(7 * i) % 61 for i in range(400)]
-    sizes = study.Sizes(prompts=(40, 300), new_tokens=20)
+    sizes = study.Sizes(prompts=(40, 300), prompts_each=1, new_tokens=20)
     found = study.drafting(model, text, sizes, window=64)
     assert [one.is_same_text for one in found] == [True, True] and found[0].acceptance_rate == 1
     other = Engine(CpuLM(tiny_gpt(1, context=600)))
