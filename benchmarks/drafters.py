@@ -139,7 +139,7 @@ def draw(found: Sequence[Measurement], path: Path) -> None:
     left.set_xlabel("tokens per pass of the target, batch 1")
     right.axvline(1, color="black", linewidth=0.8)
     right.set_xlabel("tokens per second to plain decoding, batch 1")
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    left.legend(frameon=False, fontsize=8, loc="upper right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -294,11 +294,12 @@ class Adaptive:
         return sum(self._since - 1 if row.id in self._has_read else len(row.tokens) for row in rows)
 
     def _price(self) -> float:
-        """What the time of one draft token of a model could have brought instead, in tokens per row."""
+        """What the time of one token of a model's usual draft could have brought instead, in tokens per row."""
         if not self.costs.knows(self._rows, 1):
             return 0.0
         seconds = self._seconds or float(self.costs.passes(self._rows, 0)[0])
-        return float(self.costs.drafts(self._rows, 1)[1]) / seconds * self._tokens
+        draft = float(self.costs.drafts(self._rows, DEFAULT_DRAFT_TOKENS)[-1]) / DEFAULT_DRAFT_TOKENS
+        return draft / seconds * self._tokens
 
     def _decide(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> None:
         """Choose the length of the next drafts, and how many steps to stay with it."""
