@@ -28,8 +28,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many afte
 _PROBE_STEPS, _PROBE_TOKENS = 4, 2  # of one such try; the first step pays for reading what was not read
 _LEAST_READ = 32  # unread tokens that say what reading costs
 _STAY, _LONGEST_STAY = 4, 32  # steps that a choice is kept; twice as many each time it stays the same
-_WORSE = 0.75  # of what was expected of a row: less is no chance
-_HARDLY = 8  # tokens drafted for each accepted one
+_WORSE = 0.75  # of what was expected of a row: that it got less is not put down to chance
 _NEW = 0.05  # weight of the latest step in running means
 _REST, _LONGEST_REST = 3, 48  # steps of plain decoding after it was found best; twice as many each time again
 _LONGEST_DOZE = 16  # the same where a look at the text may change the verdict at any token
@@ -274,8 +273,6 @@ class Adaptive:
         else:  # what a draft model had to read was weighed before
             self._wait = _FIRST_WAIT if draft_seconds else self._wait
             self._book(usual, plain, tokens if width else None)
-            if _HARDLY * sum(step.accepted) < sum(step.drafted):  # as little as that is no reason to stay with a choice
-                self._age, self._stay = 0, _STAY
 
     def _book(self, seconds: float, plain: float, tokens: float | None) -> None:
         """Note a step that was no try; where drafts have lost too much, measure plain decoding before that is believed."""

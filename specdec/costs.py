@@ -156,12 +156,15 @@ class Account:
         self.left += _LOST_SHARE * seconds
         if self.left >= _MOST_LOST * plain:
             self.left, self._tokens, self._seconds = _MOST_LOST * plain, 0.0, 0.0
-        self.is_spent = self.left <= 0 or self.is_spent and self.left < _TRUST * _MOST_LOST * plain
+        self._judge(plain)
 
     def book_try(self, seconds: float, plain: float, tokens: float) -> None:
         """The same of a step that was a try: what it gained counts; what it lost is bounded elsewhere."""
         self.left = min(_MOST_LOST * plain, self.left + max(0.0, tokens * plain - seconds))
-        self.is_spent = self.is_spent and self.left < _TRUST * _MOST_LOST * plain
+        self._judge(plain)
+
+    def _judge(self, plain: float) -> None:
+        self.is_spent = self.left <= 0 or self.is_spent and self.left < _TRUST * _MOST_LOST * plain
 
     def settle(self, plain: float) -> None:
         """A plain step takes ``plain`` seconds, as was just measured: if drafts gained after all, nothing is lost."""

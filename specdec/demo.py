@@ -57,9 +57,10 @@ def demo_pair(console: Console | None = None) -> Path:
         return pair
     console.print("[bold]1. Training[/] a target and a draft GPT together on the standard library's source")
     console.print(f"   into {pair} (minutes, once; Ctrl-C saves a checkpoint and the next run goes on from it)")
-    train(recipe, pair, decode=accepted_length)
+    if not (pair / ON_TEXT).is_dir():
+        train(recipe, pair, decode=accepted_length)
     console.print("   A narrower draft learns what the target writes; the one that learned from text alone is kept")
-    _distil(pair)
+    _distill_draft(pair)
     return pair
 
 
@@ -67,7 +68,7 @@ def _is_distilled(pair: Path) -> bool:
     return (pair / ON_TEXT).is_dir() and (pair / "draft").is_dir()
 
 
-def _distil(pair: Path) -> None:
+def _distill_draft(pair: Path) -> None:
     """Put a draft that learned from the target in the place of the one that learned from text; that becomes ON_TEXT."""
     made, draft, on_text = pair / "distilled", pair / "draft", pair / ON_TEXT
     if not on_text.is_dir():

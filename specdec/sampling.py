@@ -290,10 +290,6 @@ class Randomness:
             return race(draft_law, self.target(offsets, draft_law.shape[-1]))
         return quantile(draft_law, self._accept_and_draft[1].narrow(1, offset, 1).unsqueeze(-1))
 
-    def drawing(self, temperatures: Sequence[float], laws: Tensor) -> draws.Drawing | None:
-        """How compiled drafters draw by themselves what ``draft`` would, and write into ``laws`` [B, K, V]; None: not."""
-        return draws.drawing(temperatures, self.seeds, self.starts, laws, coupled=self.coupled)
-
     @cached_property
     def _accept_and_draft(self) -> Tensor:
         """Uniforms [2, B, MAX_DRAFT_TOKENS]; made together, because launching tiny operations is what they cost."""

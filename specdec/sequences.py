@@ -235,7 +235,7 @@ class Sequences:
         temperatures = [found for row in self.rows if (found := row.filters.temperature) is not None]
         if self._reads_prefix or len(temperatures) < len(self.rows):
             return None
-        return self.randomness.drawing(temperatures, laws)
+        return draws.drawing(temperatures, self.randomness.seeds, self.randomness.starts, laws, coupled=self.coupled)
 
     def commit(self, logits: Tensor, is_sound: Tensor, draft: Draft, verdict: Verdict) -> Step:
         """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdec import Engine, Settings
+from specdec import Engine, Settings, control
 from specdec.control import MOST_DRAFT_TOKENS, Adaptive, Experience
 from specdec.costs import Account, Costs, read_costs, write_costs
 from specdec.draft import Outlook
@@ -296,3 +296,47 @@ def test_a_machine_that_slows_down_is_no_loss_of_drafts() -> None:
     usual = world.pass_seconds
     world.draft, world.pass_seconds = 2 * world.draft, lambda width: 2 * usual(width)  # type: ignore[method-assign]
     assert world.run(1000) > 0.95 * world.best
+
+
+class Moody(World):
+    """One row of eight, one after another, has hardly a draft accepted; the others nearly all."""
+
+    served = 0
+
+    def begin(self, rows: int) -> None:
+        super().begin(rows)
+        self.served += 1
+        self.accepted = 0.05 if self.served % 8 == 4 else 0.97
+
+
+def served(steps: int = 4000) -> float:
+    return Moody(draft=0.06, token=0.07, book=0.4, reading=0.002, noise=0.05).run(steps)
+
+
+def test_drafts_that_one_row_made_too_costly_are_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries show that the next rows accept them; without that, time alone must pay back what was lost."""
+    monkeypatch.setattr(control, "_WORSE", 0.0)  # the row is believed to be as good as the others for long
+    usual = served()
+    monkeypatch.setattr(Account, "book_try", lambda *given: None)
+    assert usual > 1.5 * served()
+
+
+def test_a_row_that_fares_worse_at_first_is_not_believed_to_fare_well_further_on() -> None:
+    experience = Experience.of_positions()
+    for _ in range(50):
+        experience.count_chain(1, 15, 15)
+    for _ in range(3):
+        experience.count_chain(2, 15, 1)  # its second token is refused, the others are never looked at
+    good, bad, new = experience.rates([1, 2, 3])
+    assert good.min() > 0.9 and new.min() > 0.7 and bad[2:].max() < 0.8 * new[2:].min()
+
+
+def test_a_drafted_token_is_priced_as_one_of_a_usual_draft_by_what_steps_bring_now() -> None:
+    """Most of a draft's cost may be its beginning; and a step that drafts takes longer than a plain one."""
+    world = World(accepted=1.0, draft=0.1, token=0.02)
+    world.run(300)
+    step = 15 * 0.1 + 1.0 + 15 * 0.02
+    assert world.controller._price() == pytest.approx(0.1 * 16 / step, rel=0.05)
+    for _ in range(8):
+        world.controller.costs.count_draft(1, 1, 0.4)  # one token alone
+    assert world.controller._price() < 0.2 * 16 / step

@@ -31,6 +31,11 @@ def test_demo_trains_decodes_checks_and_draws(monkeypatch: pytest.MonkeyPatch, t
     for printed in (first.getvalue(), second.getvalue()):
         assert "24 of 24 speculative greedy texts identical to plain decoding" in printed
         assert "HF generate" in printed and "suffix" in printed
+    (pair,) = (tmp_path / "specdec").glob("demo-*")
+    weights = [(pair / name / "model.safetensors").read_bytes() for name in ("draft", demo.ON_TEXT)]
+    assert weights[0] != weights[1]
+    (pair / "draft").rename(pair / "distilled")  # as a program leaves it that ends between two renamings
+    assert demo.demo_pair(Console(file=StringIO())) == pair and (pair / "draft/config.json").is_file()
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -14,8 +14,8 @@ _MAPPED_ALONE = 2**25  # the most that glibc accepts
 def keep_freed_memory() -> bool:
     """Keep what a step frees for the next one, for the rest of this process; whether the C library could be told.
 
-    glibc returns large blocks to the system and gets them back as pages to be cleared one by one, at every step: 3 % of
-    the time of a target alone, 7 % of that of a pair (2 cores, recipe stdlib).
+    glibc returns large blocks to the system and gets them back as pages to be cleared one by one, at every step: about
+    3 % of the time of a target alone, 8 % of that of a pair (2 cores, bfloat16, recipe stdlib).
     """
     if not sys.platform.startswith("linux"):
         return False
