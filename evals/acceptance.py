@@ -113,7 +113,7 @@ def measured_costs(engine: Engine, prompts: Sequence[list[int]], new_tokens: int
             timed.generate(prompt, num_draft_tokens=k, max_new_tokens=new_tokens, eos_token_id=None)
         for width, found in timed.timing.seconds.items():
             if len(found) >= SOUND:
-                costs.count_pass(1, 1 + width, statistics.median(step for step, _ in found))
+                costs.count_pass(1, width, statistics.median(step for step, _ in found))
                 if width:
                     costs.count_draft(1, width, statistics.median(draft for _, draft in found))
     return costs

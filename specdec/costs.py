@@ -1,4 +1,4 @@
-"""What passes cost: seconds of a target pass over B rows of W tokens, and of drafts for B rows; what drafts may lose.
+"""What passes cost: seconds of a target pass that checks N drafted tokens of B rows, and of drafts; what drafts may lose.
 
 Measured while decoding; what was not measured is interpolated. Kept per machine and
 model in the cache directory, so that the next program begins with what this one learned.
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_LATEST = 7  # measurements of each cell
+_LATEST, _LATEST_PLAIN = 7, 3  # measurements of each cell; plain decoding is seldom measured where drafts pay
 _REMEMBERED = 3  # of another program
 _ENOUGH = 2  # the first pass of a shape may pay for its preparation
 _OLD = 256  # measurements after which one that was not repeated counts no more
@@ -25,64 +25,81 @@ _LOST_SHARE = 0.005  # of all time may be lost by drafting that promised to pay
 _MOST_LOST = 20.0  # plain steps whose time it may lose beyond it
 _TRUST = 0.25  # how much of what may be lost must have come together before drafts that lost it are made again
 _FRESH = 8  # measurements after which interpolations are made anew
-_USUAL = 32  # draft tokens of which interpolations are made together
-_SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # rows that count as alike
+_USUAL = 64  # tokens of which interpolations are made together
+_SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # that stand for others
 
 
 class Cell:
-    """The latest measurements of one thing, and what is typical: below their median, as disturbances only add."""
+    """The latest measurements of one thing, and what is typical: below their median, as disturbances only add.
 
-    def __init__(self, seconds: Iterable[float] = ()) -> None:
-        self.latest = deque(seconds, maxlen=_LATEST)
-        self.typical = _typical(self.latest)
-        self.when = 0
+    A measurement is how many tokens it was of, and seconds; ``tokens`` is the mean of theirs.
+    """
 
-    def add(self, seconds: float, when: int) -> None:
-        """Add a measurement, the ``when``-th of all."""
-        self.latest.append(seconds)
-        self.typical = _typical(self.latest)
+    def __init__(self, measured: Iterable[tuple[float, float]] = (), latest: int = _LATEST) -> None:
+        self.latest = deque(measured, maxlen=latest)
+        self.when, self.is_settled = 0, bool(self.latest)
+        self.tokens = self.typical = 0.0
+        self._sum_up()
+
+    def add(self, tokens: float, seconds: float, when: int, is_settled: bool = True) -> None:
+        """Add a measurement, the ``when``-th of all; those that were not settled count only until there is one that is."""
+        if is_settled != self.is_settled:
+            if self.is_settled:
+                return
+            self.latest.clear()
+            self.is_settled = True
+        self.latest.append((tokens, seconds))
         self.when = when
+        self._sum_up()
 
-
-def _typical(seconds: deque[float]) -> float:
-    return sorted(seconds)[(len(seconds) - 1) // 3] if seconds else 0.0
+    def _sum_up(self) -> None:
+        if self.latest:
+            tokens, seconds = zip(*self.latest, strict=True)
+            self.tokens, self.typical = sum(tokens) / len(tokens), sorted(seconds)[(len(seconds) - 1) // 3]
 
 
 class Costs:
     """Measured seconds. A target pass includes all of its step but the drafting."""
 
     def __init__(self) -> None:
-        self._passes: dict[int, dict[int, Cell]] = {}  # rows -> width -> seconds
-        self._drafts: dict[int, dict[int, Cell]] = {}  # rows -> tokens -> seconds
+        self._passes: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of all -> seconds
+        self._drafts: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of each -> seconds
         self._reading = Cell()
         self._curves: dict[tuple[str, int, int], tuple[int, NDArray[np.float64]]] = {}
         self._count = 0
 
-    def count_pass(self, rows: int, width: int, seconds: float) -> None:
-        """Add a step over ``rows`` rows of ``width`` tokens each."""
-        self._add(self._passes.setdefault(_size(rows), {}).setdefault(width, Cell()), seconds)
+    def count_pass(self, rows: int, drafted: int, seconds: float, *, is_settled: bool = True) -> None:
+        """Add a step over ``rows`` rows that checked so many tokens in all, and whether it followed others of its kind."""
+        size = _size(drafted)
+        cell = self._passes.setdefault(_size(rows), {}).setdefault(size, _cell(size))
+        self._add(cell, drafted, seconds, is_settled)
 
     def count_draft(self, rows: int, tokens: int, seconds: float) -> None:
         """Add the drafting of ``tokens`` tokens for each of ``rows`` rows."""
-        self._add(self._drafts.setdefault(_size(rows), {}).setdefault(tokens, Cell()), seconds)
+        self._add(self._drafts.setdefault(_size(rows), {}).setdefault(tokens, Cell()), tokens, seconds)
 
     def count_reading(self, seconds: float) -> None:
         """Add what a draft model took for each token that it had to read before it could draft."""
-        self._add(self._reading, seconds)
+        self._add(self._reading, 1, seconds)
 
-    def _add(self, cell: Cell, seconds: float) -> None:
+    def _add(self, cell: Cell, tokens: int, seconds: float, is_settled: bool = True) -> None:
         self._count += 1
-        cell.add(seconds, self._count)
+        cell.add(tokens, seconds, self._count, is_settled)
 
-    def knows(self, rows: int, width: int) -> bool:
-        """Whether passes over that many rows of ``width`` tokens were measured often enough to count on."""
-        cell = self._passes.get(_size(rows), {}).get(width)
+    def is_settled(self, rows: int) -> bool:
+        """Whether plain passes over that many rows were measured among others of their kind."""
+        cell = self._passes.get(_size(rows), {}).get(0)
+        return cell is not None and cell.is_settled
+
+    def knows(self, rows: int, drafted: int) -> bool:
+        """Whether passes over that many rows that checked about so many tokens were measured often enough to count on."""
+        cell = self._passes.get(_size(rows), {}).get(_size(drafted))
         return cell is not None and len(cell.latest) >= _ENOUGH
 
-    def widest(self, rows: int) -> int:
-        """Tokens per row of the widest passes that were, 1 if none were that checked drafts."""
-        cells = self._passes.get(_size(rows), {})
-        return max((width for width, cell in cells.items() if len(cell.latest) >= _ENOUGH), default=1)
+    def most_drafted(self, rows: int) -> int:
+        """The most tokens that such passes checked, among others of their kind; 0 if there were none that did."""
+        cells = self._passes.get(_size(rows), {}).values()
+        return max((int(cell.tokens) for cell in cells if cell.is_settled and len(cell.latest) >= _ENOUGH), default=0)
 
     @property
     def reading(self) -> float:
@@ -90,7 +107,7 @@ class Costs:
         return self._reading.typical
 
     def passes(self, rows: int, most: int) -> NDArray[np.float64]:
-        """Seconds of passes over 1 .. ``most + 1`` tokens of each row; never less for more tokens."""
+        """Seconds of passes that check 0 .. ``most`` tokens in all; never less for more tokens."""
         return self._curve("passes", _size(rows), most)
 
     def drafts(self, rows: int, most: int) -> NDArray[np.float64]:
@@ -103,25 +120,25 @@ class Costs:
         cells = (self._passes if what == "passes" else self._drafts)[size]
         made, curve = self._curves.get((what, size, len(cells)), (-_FRESH, np.empty(0)))
         if self._count - made >= _FRESH or len(curve) <= most:
-            wanted = np.arange(max(most, _USUAL) + 1)
-            if what == "passes":
-                curve = _interpolated(self._fresh(cells), wanted + 1)
-            else:
-                curve = _interpolated({0: 0.0} | self._fresh(cells), wanted)
+            curve = _interpolated(self._fresh(cells), max(most, _USUAL), from_nothing=what == "drafts")
             self._curves[what, size, len(cells)] = (self._count, curve)
         return curve[: most + 1]
 
-    def _fresh(self, cells: dict[int, Cell]) -> dict[int, float]:
-        """Typical seconds by width; without what was last measured long ago, so that it will be tried again."""
-        fresh = {w: cell.typical for w, cell in cells.items() if w == 1 or self._count - cell.when < _OLD}
-        return fresh if len(fresh) > 1 else {width: cell.typical for width, cell in cells.items()}
+    def _fresh(self, cells: dict[int, Cell]) -> dict[float, float]:
+        """Typical seconds by tokens; without what was measured once or long ago, so that it will be tried again."""
+        drafted = [c for n, c in cells.items() if n and self._count - c.when < _OLD] or [
+            c for n, c in cells.items() if n
+        ]
+        sure = [c for c in drafted if c.is_settled and len(c.latest) >= _ENOUGH]
+        plain = [cells[0]] if 0 in cells else []
+        return {cell.tokens: cell.typical for cell in plain + (sure or drafted)}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         tables = {"passes": self._passes, "drafts": self._drafts, "reading": {0: {0: self._reading}}}
         return {
             name: {
-                rows: {width: list(cell.latest)[-_REMEMBERED:] for width, cell in cells.items()}
+                rows: {size: list(cell.latest)[-_REMEMBERED:] for size, cell in cells.items()}
                 for rows, cells in table.items()
             }
             for name, table in tables.items()
@@ -173,23 +190,38 @@ class Account:
         self._tokens = self._seconds = 0.0
 
 
-def _cells(given: dict[Any, dict[Any, list[float]]]) -> dict[int, dict[int, Cell]]:
+def _cell(size: int, measured: Iterable[tuple[float, float]] = ()) -> Cell:
+    return Cell(measured, _LATEST if size else _LATEST_PLAIN)
+
+
+def _cells(given: dict[Any, dict[Any, list[list[float]]]]) -> dict[int, dict[int, Cell]]:
     return {
-        int(rows): {int(width): Cell(map(float, latest)) for width, latest in cells.items()}
+        int(rows): {
+            int(size): _cell(int(size), [(float(tokens), float(seconds)) for tokens, seconds in latest])
+            for size, latest in cells.items()
+        }
         for rows, cells in given.items()
     }
 
 
-def _interpolated(cells: dict[int, float], wanted: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Seconds of passes over the ``wanted`` numbers of tokens, along lines between what was measured, and on from there."""
-    widths, seconds = np.array(sorted(cells.items())).T
+def _interpolated(cells: dict[float, float], most: int, *, from_nothing: bool) -> NDArray[np.float64]:
+    """Seconds for 0 .. ``most`` tokens: along lines between what was measured, and on from there to both sides.
+
+    Drafts begin with 0 seconds ``from_nothing``. A pass that checks anything does more than a plain one, so that the line
+    of those that did does not lead to it, unless only one was measured.
+    """
+    wanted, least = np.arange(most + 1), 0.0 if from_nothing else cells.get(0, 0.0)
+    known = {tokens: seconds for tokens, seconds in cells.items() if tokens}
+    if len(known) < 2 or from_nothing:
+        known[0] = least
+    tokens, seconds = np.array(sorted(known.items())).T
     seconds = np.minimum.accumulate(seconds[::-1])[::-1]  # what took longer for fewer tokens was disturbed
-    found: NDArray[np.float64] = np.interp(wanted, widths, seconds)
-    if len(widths) > 1:
-        first = int(len(widths) > 2)  # a pass that checks nothing does without some of the work
-        slope = (seconds[-1] - seconds[first]) / (widths[-1] - widths[first])
-        found += slope * np.maximum(0, wanted - widths[-1])
-    return found
+    found: NDArray[np.float64] = np.interp(wanted, tokens, seconds)
+    if len(tokens) > 1:
+        slope = (seconds[-1] - seconds[0]) / (tokens[-1] - tokens[0])
+        found += slope * (np.maximum(0, wanted - tokens[-1]) - np.maximum(0, tokens[0] - wanted))
+    found[0] = least or found[0]
+    return np.maximum(found, least)
 
 
 def read_costs(file: Path) -> dict[str, Costs]:
@@ -208,6 +240,6 @@ def write_costs(file: Path, tables: dict[str, Costs]) -> None:
     os.replace(temporary, file)
 
 
-def _size(rows: int) -> int:
-    """The number of rows that stands for ``rows``."""
-    return _SIZES[min(bisect_left(_SIZES, rows), len(_SIZES) - 1)]
+def _size(count: int) -> int:
+    """The number of rows, or of tokens, that stands for ``count``."""
+    return count and _SIZES[min(bisect_left(_SIZES, count), len(_SIZES) - 1)]

@@ -21,7 +21,7 @@ LAYERS = [
     ["sampling"],
     ["processors"],
     ["draft"],
-    ["verify", "stats", "tree", "lm.features", "lm.cache", "lm.base", "nn", "text", "costs"],
+    ["verify", "stats", "tree", "lm.features", "lm.cache", "lm.base", "nn", "text", "costs", "experience", "plans"],
     ["lm"],
     ["sequences", "scoring"],
     ["control"],

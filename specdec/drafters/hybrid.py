@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specdec.control import MOST_DRAFT_TOKENS, Experience
 from specdec.draft import Draft, Drafter, Outlook
 from specdec.drafters.suffix import SuffixDrafter
+from specdec.experience import MOST_DRAFT_TOKENS, Experience
 from specdec.sampling import one_hot
 from specdec.sequences import Sequences, Step
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.control import Experience
 from specdec.draft import Draft, Outlook
 from specdec.drafters.automaton import START, Place, SuffixAutomaton
 from specdec.errors import ConfigError
+from specdec.experience import Experience
 from specdec.sequences import Row, Sequences, Step
 
 DEPTH = 64  # tokens of the longest string whose continuations are counted

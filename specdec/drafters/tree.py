@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.control import Experience
 from specdec.draft import Draft, Outlook
 from specdec.drafters.model import ModelDrafter
+from specdec.experience import Experience
 from specdec.lm.base import CachedLM
 from specdec.sequences import Sequences, Step
 from specdec.tree import MOST_NODES

@@ -115,7 +115,7 @@ def test_what_is_promised_follows_from_acceptance_and_costs() -> None:
     costs = Costs()
     for _ in range(5):
         for k in (0, 1, 2, 8):
-            costs.count_pass(1, 1 + k, 1.0)  # a pass costs the same, however much it reads
+            costs.count_pass(1, k, 1.0)  # a pass costs the same, however much it reads
         costs.count_draft(1, 1, 0.25)
         costs.count_draft(1, 8, 2.0)
     survival = [0.5**i for i in range(1, 9)]
@@ -130,7 +130,7 @@ def test_a_task_is_measured_at_every_length(monkeypatch: pytest.MonkeyPatch, tmp
     found = engine()
     costs = acceptance.measured_costs(found, PROMPTS[:1], 12)
     result = acceptance.study(found, "toy", PROMPTS, costs, 24, rounds=1)
-    assert all(costs.knows(1, width) for width in (1, 2, 4)) and result.prompts == 3
+    assert all(costs.knows(1, drafted) for drafted in (0, 1, 3)) and result.prompts == 3
     assert len(result.survival) == 3 and sorted(result.survival, reverse=True) == result.survival
     # Rows end within a draft, so the last passes are shorter: nearly what acceptance by position says.
     assert result.tokens_per_pass[1] == pytest.approx(result.predicted_tokens[1], rel=0.15)
