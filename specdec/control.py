@@ -30,7 +30,8 @@ _REFUSED = 3  # steps in a row without one accepted token, after which it is not
 _NEW = 0.05  # weight of the latest step in running means
 _REST, _LONGEST_REST = 3, 48  # steps of plain decoding after it was found best; twice as many each time again
 _LONGEST_DOZE = 16  # the same where a look at the text may change the verdict at any token
-_TRUST, _LONGEST_TRUST = 16, 160  # steps after which plain decoding is measured again; the latter for twice its speed
+_TRUST, _LONGEST_TRUST = 16, 240  # steps after which plain decoding is measured again; the latter for twice its speed
+_MUCH, _LOOK = 1.5, 32  # times its speed from which on one plain step after so many is enough to know that
 _SETTLES = 4  # steps after plain ones follow drafts or drafts plain ones: the caches of the processor hold other things
 _WORTH, _STILL_WORTH = (
     1.05,
@@ -101,7 +102,7 @@ class Adaptive:
         self._ids: list[int] = []  # of the rows
         self._rows = self._age = 0
         self._refused = 0  # steps in a row whose drafts were refused, all of them
-        self._since_plain = 0  # drafts since a plain step was measured
+        self._since_plain = self._since_settled = 0  # drafts since a plain step, and since one that was measured well
         self._alike, self._drafted = 0, False  # steps of the kind of the last one, in a row; whether it drafted
         self._promise = 1.0  # how much faster than plain decoding the latest choice should be
         self._lengths: list[int] = []
@@ -216,10 +217,16 @@ class Adaptive:
             self.costs.count_reading((timed.draft_seconds - expected) / timed.unread)
         elif timed.draft_seconds and not timed.unread:
             self.costs.count_draft(rows, width, timed.draft_seconds)
-        self._since_plain += bool(width)
-        if not width and (timed.is_settled or not self.costs.knows(rows, 0)):
+        is_settled = timed.is_settled
+        if width:
+            self._since_plain, self._since_settled = self._since_plain + 1, self._since_settled + 1
+        else:
             self._since_plain = 0
-        self.costs.count_pass(rows, sum(timed.step.drafted), timed.step_seconds, is_settled=timed.is_settled)
+            if is_settled or not self.costs.knows(rows, 0):
+                self._since_settled = 0
+            # Even a plain step that follows others takes at most that long, so what is believed is too much.
+            is_settled |= self.costs.is_settled(rows) and timed.step_seconds < self.costs.passes(rows, 0)[0]
+        self.costs.count_pass(rows, sum(timed.step.drafted), timed.step_seconds, is_settled=is_settled)
 
     def _book(self, seconds: float, plain: float, brought: float | None) -> None:
         """Note a step that was no try; where drafts have lost too much, measure plain decoding before that is believed."""
@@ -247,9 +254,14 @@ class Adaptive:
 
     @property
     def _knows_plain(self) -> bool:
-        """Whether it is known what a plain step takes by now."""
-        wait = _LONGEST_TRUST * (self._promise - 1) if self.costs.is_settled(self._rows) else 0.0
-        return self._since_plain < min(_LONGEST_TRUST, max(_TRUST, wait)) and self.costs.knows(self._rows, 0)
+        """Whether it is known what a plain step takes by now, well enough for what drafts promise."""
+        if not self.costs.knows(self._rows, 0):
+            return False
+        if not self.costs.is_settled(self._rows):
+            return self._since_settled < _TRUST
+        if self._promise > _MUCH:
+            return self._since_plain < _LOOK
+        return self._since_settled < max(_TRUST, _LONGEST_TRUST * (self._promise - 1))
 
     def _decide(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> None:
         """Choose the lengths of the next drafts, and how many steps to stay with them."""

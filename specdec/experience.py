@@ -63,15 +63,12 @@ class Experience:
             rates.append(before)
         return np.array(rates)
 
-    def count(self, row: int, right: Table, tried: Table) -> None:
-        """Add guesses of a row, [N] each."""
-        own = self._rows.get(row)
-        if own is None:
-            own = self._rows[row] = self._nothing.copy()
-        for table, memory in ((own, _ROW_MEMORY), (self._common, _COMMON_MEMORY)):
-            table *= memory ** (tried > 0)
-            table[0] += right
-            table[1] += tried
+    def count(self, rows: Sequence[int], right: Table, tried: Table) -> None:
+        """Add guesses of each row, [B, N] each."""
+        seen = tried > 0
+        own = np.array([self._rows.get(row, self._nothing) for row in rows]) * (_ROW_MEMORY**seen)[:, None]
+        self._rows.update(zip(rows, own + np.stack([right, tried], axis=1), strict=True))
+        self._common = self._common * _COMMON_MEMORY ** seen.sum(0) + np.array([right.sum(0), tried.sum(0)])
         self._common_known = None
 
     def count_chain(self, row: int, drafted: int, accepted: int) -> None:

@@ -60,9 +60,8 @@ class HybridDrafter:
         if self._asked_model:
             accepted = [0 if looked else n for n, looked in zip(step.accepted, looks_up, strict=True)]
             self.model.observe(replace(step, accepted=accepted))
-        for b, row in enumerate(step.rows):
-            if step.drafted[b] and not looks_up[b]:
-                self.experience.count_chain(row.id, step.drafted[b], step.accepted[b])
+            by_model = [0 if looked else n for n, looked in zip(step.drafted, looks_up, strict=True)]
+            self.experience.count_chains([row.id for row in step.rows], [by_model], [accepted])
         self.experience.forget(step.rows[slot].id for slot in step.finished)
         self.lookup.observe(step)
         self._looks_up, self._asked_model = None, False

@@ -9,39 +9,21 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specdec.draft import Draft, Outlook
-from specdec.drafters.automaton import START, Place, SuffixAutomaton
+from specdec.drafters.automaton import NOTHING, START, Guess, new_automaton
 from specdec.errors import ConfigError
 from specdec.experience import Experience
 from specdec.sequences import Row, Sequences, Step
 
 DEPTH = 64  # tokens of the longest string whose continuations are counted
-LEAST_CHANCE = 0.1  # of all of a guess's tokens, by the counts; a guess ends where it would be less likely
 LONGEST_MATCH = 16  # a longer match says no more about what follows
 MOST_TOKENS = 1 << 16  # of one row's text, or of the store, that are indexed; about 32 MB
 # What is believed before anything was seen: by matched tokens, how many of those come that should by their shares.
 _PRIORS = [0.0, 0.3, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8] + [0.85] * (LONGEST_MATCH - 8) + [0.9]
-
-
-class Guess(NamedTuple):
-    """Tokens that may follow a row's text; none where nothing is known.
-
-    shares[i]: of all that followed the text before ``tokens[i]``, the share that was this token. matched[i]: how many
-    tokens before it had been seen together.
-    """
-
-    tokens: list[int]
-    shares: list[float]
-    matched: list[int]
-    score: float  # how many tokens are right if the shares are chances
-
-
-NOTHING = Guess([], [], [], 0.0)
 
 
 class SuffixDrafter:
@@ -84,7 +66,9 @@ class SuffixDrafter:
             count = min(len(guess.tokens), width)
             shares[b, :count], matched[b, :count] = guess.shares[:count], guess.matched[:count]
         rates = self.experience.rates([row.id for row in rows], pooled=pooled)
-        found: NDArray[np.float64] = (shares * np.take_along_axis(rates, matched, axis=1)).clip(max=1).cumprod(1)
+        found: NDArray[np.float64] = (
+            (shares * np.take_along_axis(rates, matched.clip(max=LONGEST_MATCH), axis=1)).clip(max=1).cumprod(1)
+        )
         return found
 
     def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
@@ -94,8 +78,7 @@ class SuffixDrafter:
 
     def observe(self, step: Step) -> None:
         if self.guesses is not None:
-            for row, guess, committed in zip(step.rows, self.guesses, step.committed, strict=True):
-                self._judge(row, guess, row.tokens[len(row.tokens) - committed :])
+            self._judge(step, self.guesses)
         self.guesses = None
         self.experience.forget(step.rows[slot].id for slot in step.finished)
         for slot in step.finished:
@@ -124,39 +107,36 @@ class SuffixDrafter:
         if text is None:
             text = self._texts[row.id] = _Text()
         text.read(row.tokens, self._store)
-        found = self._best(text.automaton, None, most)
+        found = text.automaton.guess(None, most, self.factor)
         if self._store is None:
             return found
-        stored = self._best(self._store.automaton, text.place, most)
+        stored = self._store.automaton.guess(text.place, most, self.factor)
         return stored if stored.score > found.score else found
 
-    def _best(self, automaton: SuffixAutomaton, place: Place | None, most: int) -> Guess:
-        """The guess that promises most tokens; of equals that of the longest match."""
-        best = NOTHING
-        for match in automaton.ends(place):
-            limit = int(min(most, match[1] * self.factor))
-            if limit <= best.score:  # as it will be for all shorter ones
-                break
-            best = _follow(automaton, match, limit, best.score) or best
-        return best
-
-    def _judge(self, row: Row, guess: Guess, came: list[int]) -> None:
-        """Compare a guess with the tokens that came: how many were right, by matched tokens, and should have been."""
-        right, promised = np.zeros(LONGEST_MATCH + 1), np.zeros(LONGEST_MATCH + 1)
-        for token, share, matched, true in zip(*guess[:3], came, strict=False):
-            promised[matched] += share
-            right[matched] += token == true
-            if token != true:
-                break
-        if promised.any():
-            self.experience.count(row.id, right, promised)
+    def _judge(self, step: Step, guesses: list[Guess]) -> None:
+        """Compare guesses with the tokens that came: how many were right, by matched tokens, and should have been."""
+        judged = [b for b, guess in enumerate(guesses) if guess.tokens and step.committed[b]]
+        if not judged:
+            return
+        counts = np.zeros((2, len(judged), LONGEST_MATCH + 1))  # right, promised
+        for right, promised, b in zip(*counts, judged, strict=True):
+            tokens = step.rows[b].tokens
+            for token, share, matched, true in zip(
+                *guesses[b][:3], tokens[len(tokens) - step.committed[b] :], strict=False
+            ):
+                place = min(matched, LONGEST_MATCH)
+                promised[place] += share
+                right[place] += token == true
+                if token != true:
+                    break
+        self.experience.count([step.rows[b].id for b in judged], *counts)
 
 
 class _Text:
     """A row's own text, indexed as far as it was read; only its latest tokens if it is very long."""
 
     def __init__(self) -> None:
-        self.automaton = SuffixAutomaton(DEPTH)
+        self.automaton = new_automaton(DEPTH)
         self.place = START  # of the text's end in the store
         self._count = self._outputs = 0  # tokens that were read, outputs that were stored then
 
@@ -165,7 +145,7 @@ class _Text:
         new = tokens[self._count :]
         self._count = len(tokens)
         if self.automaton.size + len(new) > MOST_TOKENS:
-            self.automaton, new = SuffixAutomaton(DEPTH), tokens[-MOST_TOKENS // 2 :]
+            self.automaton, new = new_automaton(DEPTH), tokens[-MOST_TOKENS // 2 :]
         self.automaton.feed(new)
         if store is None:
             return
@@ -179,7 +159,7 @@ class _Store:
     """Outputs of earlier rows; the oldest half is dropped where they become too many."""
 
     def __init__(self) -> None:
-        self.automaton, self.outputs = SuffixAutomaton(DEPTH), 0  # outputs that were ever added
+        self.automaton, self.outputs = new_automaton(DEPTH), 0  # outputs that were ever added
         self._texts: deque[list[int]] = deque()
 
     def add(self, text: list[int]) -> None:
@@ -192,24 +172,7 @@ class _Store:
             kept = sum(map(len, self._texts))
             while kept > MOST_TOKENS // 2:
                 kept -= len(self._texts.popleft())
-            self.automaton, new = SuffixAutomaton(DEPTH), list(self._texts)
+            self.automaton, new = new_automaton(DEPTH), list(self._texts)
         for tokens in new:
             self.automaton.begin()
             self.automaton.feed(tokens)
-
-
-def _follow(automaton: SuffixAutomaton, place: Place, most: int, least: float) -> Guess | None:
-    """Up to ``most`` tokens, each the one that most often came after all before it; None for a score up to ``least``."""
-    guess = Guess([], [], [], 0.0)
-    chance, score = 1.0, 0.0
-    for token, share, matched in automaton.follow(place):
-        chance *= share
-        if chance < LEAST_CHANCE or score + chance * (most - len(guess.tokens)) <= least:
-            break
-        score += chance
-        guess.tokens.append(token)
-        guess.shares.append(share)
-        guess.matched.append(min(matched, LONGEST_MATCH))
-        if len(guess.tokens) == most:
-            break
-    return guess._replace(score=score) if score > least else None

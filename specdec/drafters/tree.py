@@ -112,14 +112,13 @@ class TreeDrafter(ModelDrafter):
         return self._best(sequences, nodes, lengths, most)
 
     def observe(self, step: Step) -> None:
-        for row, drafted, accepted, b in zip(
-            step.rows, step.drafted, step.accepted, range(len(step.rows)), strict=True
-        ):
-            if drafted:
-                reached = range(accepted) if step.paths is None else step.paths[b]
-                right = np.zeros(MOST_TREE_TOKENS)
-                right[list(reached)] = 1
-                self.experience.count(row.id, right, (np.arange(MOST_TREE_TOKENS) < drafted).astype(float))
+        drafted = [b for b, count in enumerate(step.drafted) if count]
+        if drafted:
+            right = np.zeros((len(drafted), MOST_TREE_TOKENS))
+            for reached, b in zip(right, drafted, strict=True):
+                reached[list(range(step.accepted[b]) if step.paths is None else step.paths[b])] = 1
+            tried = np.arange(MOST_TREE_TOKENS) < np.array([step.drafted[b] for b in drafted])[:, None]
+            self.experience.count([step.rows[b].id for b in drafted], right, tried.astype(float))
         self.experience.forget(step.rows[slot].id for slot in step.finished)
         if self._read is not None:
             kept = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections import defaultdict
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from specdec.drafters.automaton import ROOT, START, SuffixAutomaton
+from specdec.drafters import automaton
+from specdec.drafters.automaton import ROOT, START, CompiledAutomaton, SuffixAutomaton
 
 Tokens = tuple[int, ...]
+needs_compiler = pytest.mark.skipif(automaton._library() is None, reason="no compiler here")
 
 
 class Search:
@@ -132,3 +135,51 @@ def test_a_token_costs_the_same_in_a_long_text() -> None:
         automaton = fed([text], 64)
         assert len(automaton._link) <= 2 * len(text) + 2
         assert sum(map(len, automaton._after)) <= 3 * len(text)
+
+
+def compared(seed: int, *, forgets: bool = False) -> int:
+    """How many guesses of the compiled automaton are those of the one in Python; it may have missed a token."""
+    draw = random.Random(seed)
+    vocab, depth, factor = draw.choice([1, 2, 3, 5, 50]), draw.choice([1, 2, 3, 8, 64]), draw.choice([math.inf, 2, 0.5])
+    plain, compiled, count = SuffixAutomaton(depth), CompiledAutomaton(depth), 0
+    for _ in range(draw.choice([1, 3])):
+        plain.begin()
+        compiled.begin()
+        for _ in range(draw.randrange(1, 12)):
+            new = [draw.randrange(vocab) for _ in range(draw.randrange(9))]
+            plain.feed(new)
+            compiled.feed(new[1:] if forgets else new)
+            place = START
+            for token in [draw.randrange(vocab + 1) for _ in range(10)]:
+                assert compiled.advance(place, token) == plain.advance(place, token)
+                place = plain.advance(place, token)
+                assert compiled.guess(place, 15, factor) == plain.guess(place, 15, factor)
+            assert compiled.guess(None, 15, factor) == plain.guess(None, 15, factor)
+            count += 1
+    assert compiled.size == plain.size or forgets
+    return count
+
+
+@needs_compiler
+def test_the_compiled_automaton_guesses_the_same() -> None:
+    assert sum(compared(seed) for seed in range(200)) > 1000
+
+
+@needs_compiler
+def test_a_compiled_automaton_that_missed_a_token_is_noticed() -> None:
+    """Negative control."""
+    found = 0
+    for seed in range(20):
+        with contextlib.suppress(AssertionError):
+            compared(seed, forgets=True)
+            found += 1
+    assert found < 10  # a text of one token repeated guesses the same without one of them
+
+
+def test_without_a_compiler_python_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automaton, "_library", lambda: None)
+    found = automaton.new_automaton(64)
+    found.feed([1, 2, 3, 1, 2])
+    assert isinstance(found, SuffixAutomaton) and found.guess(None, 2, math.inf).tokens == [3, 1]
+    with pytest.raises(LookupError, match="no compiled automaton"):
+        CompiledAutomaton(64)
