@@ -32,14 +32,12 @@ _SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512,
 class Cell:
     """The latest measurements of one thing, and what is typical: below their median, as disturbances only add.
 
-    A measurement is how many tokens it was of, and seconds; ``tokens`` is the mean of theirs.
+    A measurement is how many tokens it was of, and seconds.
     """
 
     def __init__(self, measured: Iterable[tuple[float, float]] = (), latest: int = _LATEST) -> None:
         self.latest = deque(measured, maxlen=latest)
         self.when, self.is_settled = 0, bool(self.latest)
-        self.tokens = self.typical = 0.0
-        self._sum_up()
 
     def add(self, tokens: float, seconds: float, when: int, is_settled: bool = True) -> None:
         """Add a measurement, the ``when``-th of all; those that were not settled count only until there is one that is."""
@@ -50,12 +48,17 @@ class Cell:
             self.is_settled = True
         self.latest.append((tokens, seconds))
         self.when = when
-        self._sum_up()
 
-    def _sum_up(self) -> None:
-        if self.latest:
-            tokens, seconds = zip(*self.latest, strict=True)
-            self.tokens, self.typical = sum(tokens) / len(tokens), sorted(seconds)[(len(seconds) - 1) // 3]
+    @property
+    def tokens(self) -> float:
+        """The mean of theirs."""
+        return sum(tokens for tokens, _ in self.latest) / len(self.latest)
+
+    @property
+    def typical(self) -> float:
+        """Seconds; 0 while nothing was measured."""
+        seconds = sorted(seconds for _, seconds in self.latest)
+        return seconds[(len(seconds) - 1) // 3] if seconds else 0.0
 
 
 class Costs:
