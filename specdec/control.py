@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -29,7 +30,7 @@ _STAY, _LONGEST_STAY = 8, 64  # steps that a choice is kept; twice as many each 
 _REFUSED = 3  # steps in a row without one accepted token, after which it is not waited for the next decision
 _NEW = 0.05  # weight of the latest step in running means
 _REST, _LONGEST_REST = 3, 48  # steps of plain decoding after it was found best; twice as many each time again
-_LONGEST_DOZE = 16  # the same where a look at the text may change the verdict at any token
+_LONGEST_DOZE = 32  # the same where a look at the text may change the verdict at any token
 _TRUST, _LONGEST_TRUST = 16, 240  # steps after which plain decoding is measured again; the latter for twice its speed
 _MUCH, _LOOK = 1.5, 32  # times its speed from which on one plain step after so many is enough to know that
 _SETTLES = 4  # steps after plain ones follow drafts or drafts plain ones: the caches of the processor hold other things
@@ -101,6 +102,7 @@ class Adaptive:
         self._brought, self._seconds = 1.0, 0.0  # what a step brought, in plain ones, and usually takes, lately
         self._ids: list[int] = []  # of the rows
         self._rows = self._age = 0
+        self._care = 0.0  # seconds per drafted step that learning from the last ones took
         self._refused = 0  # steps in a row whose drafts were refused, all of them
         self._since_plain = self._since_settled = 0  # drafts since a plain step, and since one that was measured well
         self._alike, self._drafted = 0, False  # steps of the kind of the last one, in a row; whether it drafted
@@ -163,7 +165,9 @@ class Adaptive:
             if self._refused >= _REFUSED:  # what was believed does not hold
                 self._age = 0
             if self._is_restless or self._tries or self._age <= 0 or step.finished:
+                started = time.perf_counter()
                 self._learn(self._spell)
+                self._care = (time.perf_counter() - started) / len(self._spell) * self._drafted
                 self._spell = []
         if step.finished:
             ended = [step.rows[slot].id for slot in step.finished]
@@ -226,7 +230,7 @@ class Adaptive:
                 self._since_settled = 0
             # Even a plain step that follows others takes at most that long, so what is believed is too much.
             is_settled |= self.costs.is_settled(rows) and timed.step_seconds < self.costs.passes(rows, 0)[0]
-        self.costs.count_pass(rows, sum(timed.step.drafted), timed.step_seconds, is_settled=is_settled)
+        self.costs.count_pass(rows, sum(timed.step.drafted), timed.step_seconds + self._care, is_settled=is_settled)
 
     def _book(self, seconds: float, plain: float, brought: float | None) -> None:
         """Note a step that was no try; where drafts have lost too much, measure plain decoding before that is believed."""
