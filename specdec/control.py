@@ -27,6 +27,10 @@ _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many afte
 _PROBE_STEPS, _PROBE_TOKENS = 8, 2  # of one such try; the first ones take longer than others
 _LEAST_READ = 32  # unread tokens that say what reading costs
 _STAY, _LONGEST_STAY = 8, 64  # steps that a choice is kept; twice as many each time it stays the same
+_SHORT_STAY, _DEAR = (
+    3,
+    0.05,
+)  # the same where each step's text counts and a decision takes more than that of a plain step
 _REFUSED = 3  # steps in a row without one accepted token, after which it is not waited for the next decision
 _NEW = 0.05  # weight of the latest step in running means
 _REST, _LONGEST_REST = 3, 48  # steps of plain decoding after it was found best; twice as many each time again
@@ -114,7 +118,7 @@ class Adaptive:
         self._rest = 0  # steps of plain decoding before anything is thought about again
         self._next_rest, self._rested = _REST, 0  # steps of the next rest, and of the last one
         self._free = True  # whether rows whose drafts cost passes of a model go without
-        self._is_restless = False  # whether something is decided at every step
+        self._is_restless = self._is_dear = False  # whether something is decided at every step; or that takes too long
         self._spell: list[Timed] = []  # steps since the last decision, of which nothing was learned yet
         self._tries = False  # whether the draft is made to see what passes cost
         self._runs_model: NDArray[np.bool_] | None = None  # which rows these are; None for none
@@ -130,14 +134,17 @@ class Adaptive:
             return [0] * rows
         self._age = -1 if self._tries and self._last_try > self._spare() else self._age - 1
         foresight: Foresight | None = drafter if hasattr(drafter, "outlook") else None  # type: ignore[assignment]
-        self._is_restless = foresight is not None
+        self._is_restless = foresight is not None and not self._is_dear
         is_new = self._age < 0 or self._is_restless
         if not is_new and not any(self._lengths) and self._runs_model is None:
             return [0] * rows
         most = getattr(drafter, "most_draft_tokens", MOST_DRAFT_TOKENS)  # of a tree more than of a chain
         limits = [min(limit, most) for limit in sequences.draft_limits()]
         if is_new:
+            started = time.perf_counter()
             self._decide(sequences, foresight, limits)
+            taken = time.perf_counter() - started
+            self._is_dear = self.costs.knows(rows, 0) and taken > _DEAR * float(self.costs.passes(rows, 0)[0])
         lengths = self._lengths
         if not self._free and any(lengths):
             self._probing = 0
@@ -279,7 +286,8 @@ class Adaptive:
         drafted = sum(self._lengths)
         self._stay = min(2 * self._stay, _LONGEST_STAY) if (drafted, self._free) == before else _STAY
         is_settled = self._knows_plain and self.costs.knows(self._rows, drafted)
-        self._age = _PROBE_STEPS if self._tries else self._stay if is_settled else 0
+        stay = self._stay if foresight is None else _SHORT_STAY
+        self._age = _PROBE_STEPS if self._tries else stay if is_settled else 0
         if drafted:
             self._next_rest = _REST
             self._experience.fade(row for row, length in zip(ids, self._lengths, strict=True) if not length)
