@@ -283,6 +283,32 @@ def test_a_probe_may_meet_a_number_of_rows_of_which_nothing_is_known() -> None:
     assert controller.decisions.probes == 1 and not controller.costs.knows(6, 0)
 
 
+def test_rows_may_leave_while_it_tries() -> None:
+    """Of the fewer rows that are left nothing is known, not even what a plain step takes."""
+    world = World(rows=4)
+    while not world.controller._tries:
+        world.step()
+    world.begin(3)
+    world.sequences.draft_limits = lambda: [100] * 3
+    world.step()
+    assert world.lengths[-1] == 0 and world.run(300) > world.fixed(0)
+
+
+def test_plain_steps_that_follow_drafts_are_not_taken_for_usual_ones() -> None:
+    """They take twice as long here, as weights have left the caches; believing them, drafts that lose would pay."""
+    world, plain = World(accepted=0.3, draft=0.3), 0
+
+    def seconds(drafted: int) -> float:
+        nonlocal plain
+        plain = 0 if drafted else plain + 1
+        return 1.0 if plain > 4 else 2.0
+
+    world.pass_seconds = seconds  # type: ignore[method-assign]
+    world.run(500)
+    assert world.controller.costs.passes(1, 0)[0] == pytest.approx(1.0)
+    assert world.run(500) > 0.97
+
+
 def test_what_drafts_lose_is_bounded_whatever_they_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Acceptance is not learned, so that a useless draft promises to pay for ever; then nobody keeps the account either."""
     monkeypatch.setattr(Experience, "count_chains", lambda *given: None)
