@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, help="default: 256 with the pair, 64 with the large target")
     parser.add_argument("--sweep", action="store_true")
     given = parser.parse_args()
-    console = Console()
+    console = Console(width=100)
     rows: list[dict[str, object]] = []
     for models in given.models:
         pair = demo_pair()

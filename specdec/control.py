@@ -27,10 +27,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many afte
 _PROBE_STEPS, _PROBE_TOKENS = 8, 2  # of one such try; the first ones take longer than others
 _LEAST_READ = 32  # unread tokens that say what reading costs
 _STAY, _LONGEST_STAY = 8, 64  # steps that a choice is kept; twice as many each time it stays the same
-_SHORT_STAY, _DEAR = (
-    3,
-    0.05,
-)  # the same where each step's text counts and a decision takes more than that of a plain step
+_DEAR, _SHORT_STAY = 0.05, 3  # the same where every step's text counts, but deciding takes that share of a plain step
 _REFUSED = 3  # steps in a row without one accepted token, after which it is not waited for the next decision
 _NEW = 0.05  # weight of the latest step in running means
 _REST, _LONGEST_REST = 3, 48  # steps of plain decoding after it was found best; twice as many each time again
@@ -38,10 +35,8 @@ _LONGEST_DOZE = 32  # the same where a look at the text may change the verdict a
 _TRUST, _LONGEST_TRUST = 16, 240  # steps after which plain decoding is measured again; the latter for twice its speed
 _MUCH, _LOOK = 1.5, 32  # times its speed from which on one plain step after so many is enough to know that
 _SETTLES = 4  # steps after plain ones follow drafts or drafts plain ones: the caches of the processor hold other things
-_WORTH, _STILL_WORTH = (
-    1.05,
-    1.02,
-)  # how much faster than plain decoding drafts must promise to be to begin, and to go on
+_WORTH = 1.05  # how much faster than plain decoding drafts must promise to be to begin
+_STILL_WORTH = 1.02  # and to go on
 _NEARLY = 1.01  # of two choices that differ less, the one made before is kept
 
 
@@ -126,6 +121,8 @@ class Adaptive:
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         rows, ids = len(sequences.rows), [row.id for row in sequences.rows]
         if ids != self._ids:
+            self._end_spell()
+            self._experience.forget(set(self._experience).difference(ids))  # rows that were given up, not finished
             self._ids, self._age, self._stay = ids, 0, _STAY
         if rows != self._rows:
             self._rows, self._rest, self._next_rest, self._tries = rows, 0, _REST, False
@@ -172,14 +169,19 @@ class Adaptive:
             if self._refused >= _REFUSED:  # what was believed does not hold
                 self._age = 0
             if self._is_restless or self._tries or self._age <= 0 or step.finished:
-                started = time.perf_counter()
-                self._learn(self._spell)
-                self._care = (time.perf_counter() - started) / len(self._spell) * self._drafted
-                self._spell = []
+                self._end_spell()
         if step.finished:
             ended = [step.rows[slot].id for slot in step.finished]
             self._experience.forget(ended)
             self._has_read.difference_update(ended)
+
+    def _end_spell(self) -> None:
+        """Learn from what was done since the last decision, and how long that takes."""
+        if self._spell:
+            started = time.perf_counter()
+            self._learn(self._spell)
+            self._care = (time.perf_counter() - started) / len(self._spell) * self._drafted
+            self._spell = []
 
     def _learn(self, spell: list[Timed]) -> None:
         """Learn from steps of the same rows and the same choice."""

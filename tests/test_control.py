@@ -294,6 +294,21 @@ def test_rows_may_leave_while_it_tries() -> None:
     assert world.lengths[-1] == 0 and world.run(300) > world.fixed(0)
 
 
+def test_rows_may_join_while_a_choice_is_kept() -> None:
+    """Nothing is learned between, so steps of different batches must not be taken for one."""
+    world = World(rows=2, accepted=0.9)
+    for rows in (5, 3, 8):
+        world.run(101)
+        while not world.controller._spell:
+            world.step()
+        gone = [row.id for row in world.sequences.rows]
+        world.begin(rows)
+        world.sequences.draft_limits = lambda rows=rows: [100] * rows
+        world.step()
+        assert not set(gone).intersection(world.controller._experience)
+    assert world.run(500) > world.fixed(0)
+
+
 def test_plain_steps_that_follow_drafts_are_not_taken_for_usual_ones() -> None:
     """They take twice as long here, as weights have left the caches; believing them, drafts that lose would pay."""
     world, plain = World(accepted=0.3, draft=0.3), 0
