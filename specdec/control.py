@@ -198,8 +198,14 @@ class Adaptive:
         by_model = sum(timed.draft_seconds for timed in spell)
         is_try = bool(width) and (self._tries or by_model > 0 and (self._free or not any(self._lengths)))
         self.decisions.probes += count * is_try
-        if not self.costs.knows(rows, 0):
-            return
+        if self.costs.knows(rows, 0):
+            self._account_for(spell, brought, is_try=is_try)
+
+    def _account_for(self, spell: list[Timed], brought: float, *, is_try: bool) -> None:
+        """Enter steps into what drafts and tries may lose; ``brought`` are their tokens per row."""
+        first, rows, count = spell[0].step, len(spell[0].step.rows), len(spell)
+        width = max(max(timed.step.drafted) for timed in spell)
+        by_model = sum(timed.draft_seconds for timed in spell)
         # What the machine does besides disturbs single steps, long ones more often, so accounts are kept in usual seconds.
         plain, drafted = float(self.costs.passes(rows, 0)[0]), sum(first.drafted)
         usual = float(self.costs.passes(rows, drafted)[drafted])
@@ -207,6 +213,7 @@ class Adaptive:
         taken = by_model + sum(timed.step_seconds for timed in spell)
         most = (2 if is_try else 1) * _MOST_AT_ONCE * plain
         seconds = min(count * usual, taken, brought * plain + most * count)
+        fades = (1 - _NEW) ** count
         self._seconds = fades * (self._seconds or seconds / count) + (1 - fades) * seconds / count
         rested, self._rested = self._rested * plain, 0
         self._elapsed += seconds + rested
