@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from specdec.training.recipe import load_recipe
-from specdec.training.trainer import train
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the processor; before anything imports triton
+
+from specdec.training.recipe import load_recipe  # noqa: E402
+from specdec.training.trainer import train  # noqa: E402
 
 ROOT = Path(__file__).parent
 

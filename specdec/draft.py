@@ -44,7 +44,7 @@ class Draft:
         """These tokens of each row, with one-hot laws; any row may have fewer than others, or none."""
         width = max(map(len, tokens))
         cells = [[len(row), *row, *[0] * (width - len(row))] for row in tokens]
-        table = torch.tensor(cells, device=device)
+        table = torch.tensor(cells).to(device, non_blocking=True)
         return cls(table[:, 1:], table[:, 0])
 
     @cached_property

@@ -195,7 +195,7 @@ class Call:
             raise ConfigError("this model is in the middle of a stream; finish or close it before the next call")
         self.engine.busy = True
         started, forward = time.perf_counter(), self.target.forward_seconds
-        drafting = getattr(self.drafter, "forward_seconds", 0.0)
+        drafting = _model_seconds(self.drafter)
         try:
             self._reserve()
             while len(self.admission) or len(self.sequences):
@@ -212,14 +212,14 @@ class Call:
             self.engine.keep_costs()
             self.stats.total_seconds = time.perf_counter() - started
             self.stats.verify_seconds = self.target.forward_seconds - forward - self.stats.prefill_seconds
-            self.stats.draft_seconds = getattr(self.drafter, "forward_seconds", 0.0) - drafting
+            self.stats.draft_seconds = _model_seconds(self.drafter) - drafting
 
     @torch.inference_mode()
     def _step(self) -> Step:
         sequences, drafter = self.sequences, self.drafter
         sequences.begin_step()
-        watch = Stopwatch()
-        draft, draft_seconds = self._propose()
+        watch, in_model = Stopwatch(), _model_seconds(drafter)
+        draft, proposing = self._propose()
         tokens = torch.cat([sequences.last_tokens, draft.tokens], dim=1)
         # Elsewhere asking for the lengths would be one more synchronisation; padding is then read as well.
         counts = (draft.lengths + 1).tolist() if draft.lengths.is_cpu else None
@@ -236,7 +236,11 @@ class Call:
         if drafter is not None:
             drafter.observe(step)
         self._count(step)
-        self.controller.observe(step, draft_seconds, watch.lap() - draft_seconds)
+        # A GPU drafts while the host goes on: what it took is known by now. Lookups count as part of the step.
+        drafting = _model_seconds(drafter) - in_model
+        if drafting > 0:
+            drafting = max(drafting, proposing)
+        self.controller.observe(step, drafting, watch.lap() - drafting)
         return step
 
     def _judge(self, logits: Tensor, draft: Draft) -> tuple[Verdict, Tensor]:
@@ -265,16 +269,16 @@ class Call:
         return replace(step, paths=places, depths=nodes.depths.amax(1).tolist())
 
     def _propose(self) -> tuple[Draft, float]:
-        """A draft, and the seconds it took if a model made it; lookups count as part of the step."""
+        """A draft, and the seconds that making it took of the host."""
         sequences, drafter = self.sequences, self.drafter
         if drafter is None or self.plain_next:
             return Draft.empty(len(sequences), sequences.device), 0.0
         lengths = self.controller.choose(sequences, drafter)
         if not any(lengths):
             return Draft.empty(len(sequences), sequences.device), 0.0
-        watch, forward = Stopwatch(), getattr(drafter, "forward_seconds", 0.0)
+        watch = Stopwatch()
         draft = drafter.propose(sequences, lengths)
-        return draft, watch.lap() if getattr(drafter, "forward_seconds", 0.0) > forward else 0.0
+        return draft, watch.lap()
 
     @torch.inference_mode()
     def _admit(self) -> None:
@@ -368,6 +372,11 @@ class Call:
         if row is None or self.engine.tokenizer is None:
             return ""
         return row.text.text if row.text is not None else decode(self.engine.tokenizer, row.new_tokens)
+
+
+def _model_seconds(drafter: Drafter | None) -> float:
+    """What the drafter has spent in a model so far; 0 if it runs none."""
+    return getattr(drafter, "forward_seconds", 0.0)
 
 
 class Stopwatch:

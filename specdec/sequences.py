@@ -155,7 +155,7 @@ class Sequences:
     def begin_step(self) -> None:
         """Gather what a step needs of its rows: the one host-to-device copy."""
         columns = zip(*((row.tokens[-1], row.request.seed, len(row.tokens)) for row in self.rows), strict=True)
-        last_tokens, seeds, starts = torch.tensor(list(columns), dtype=torch.long).to(self.device).unbind()
+        last_tokens, seeds, starts = torch.tensor(list(columns), dtype=torch.long).to(self.device, non_blocking=True).unbind()
         self.last_tokens = last_tokens.unsqueeze(1)
         self._groups = same_filters([row.filters for row in self.rows])
         self.greedy = all(by.greedy for by in self._groups)

@@ -57,7 +57,8 @@ class ModelDrafter:
             tokens[:, i : i + 1] = sequences.randomness.draft(i, law)
             logits = None
         # What was drawn of no law is not proposed. That depends on the text before it alone, so the text's law is kept.
-        allowed = torch.tensor(lengths, device=sequences.device).minimum(leading(is_law(probs)))
+        most = torch.tensor(lengths).to(sequences.device, non_blocking=True)
+        allowed = most.minimum(leading(is_law(probs)))
         return Draft(tokens, allowed, None if sequences.greedy else probs)
 
     def observe(self, step: Step) -> None:
@@ -92,8 +93,8 @@ class ModelDrafter:
         unread = [text[start + self.lm.lengths[b] :] for b, (text, start) in enumerate(zip(texts, starts, strict=True))]
         self._count, self._unread = count, [len(tokens) for tokens in unread]
         width = max(self._unread)
-        padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in unread], device=self.lm.device)
-        return padded, self._unread
+        padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in unread])
+        return padded.to(self.lm.device, non_blocking=True), self._unread
 
     def _texts(self, sequences: Sequences) -> list[list[int]]:
         """Every row's text in ids of the draft model."""
@@ -102,7 +103,8 @@ class ModelDrafter:
     def _guess(self, sequences: Sequences, unread: Tensor, count: int, lengths: list[int]) -> Draft:
         """What the draft model itself goes on with, behind its ``unread`` tokens [B, T]."""
         guessed = self.lm.guess(unread, self._unread, count, sequences.vocab_size)
-        return Draft(guessed.to(sequences.device), torch.tensor(lengths, device=sequences.device).clamp(max=count))
+        allowed = torch.tensor(lengths).clamp(max=count).to(sequences.device, non_blocking=True)
+        return Draft(guessed.to(sequences.device), allowed)
 
     def _draw_itself(
         self, sequences: Sequences, unread: Tensor, tokens: Tensor, probs: Tensor

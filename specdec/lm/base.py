@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from specdec.draws import Drawing
 from specdec.errors import ConfigError, PromptError
+from specdec.lm.clock import Clock
 from specdec.lm.features import Features
 from specdec.tree import Branches
 
@@ -27,7 +27,7 @@ class CachedLM(ABC):
 
     vocab_size is the width of the logits, context the longest row the model can read. ``lengths[b]`` counts the
     committed tokens of slot b, ``starts[b]`` says which token of the row's text the first of them is (more than 0
-    only for a row that outgrew the context), ``forward_seconds`` is the time spent in the model. ``mechanism`` says how
+    only for a row that outgrew the context). ``clock`` counts the time spent in the model. ``mechanism`` says how
     rows are run: "ragged" is one pass for all of them.
     """
 
@@ -43,7 +43,7 @@ class CachedLM(ABC):
         self.device, self.dtype = device, dtype
         self.lengths: list[int] = []
         self.starts: list[int] = []
-        self.forward_seconds = 0.0
+        self.clock = Clock(device)
         self.weight_bytes = 0  # that a pass over one token reads; 0 where it is not known
         self._pending: list[int] = []
         self._counts: Sequence[int] | None = None  # how many tokens of each row are real in the pass under way
@@ -51,6 +51,11 @@ class CachedLM(ABC):
         self._is_tree = False  # whether the pass under way reads trees
         self._features: Features | None = None
         self._outputs: Tensor | None = None  # of the tapped layers in the latest pass, [B, T, features]
+
+    @property
+    def forward_seconds(self) -> float:
+        """Time spent in the model; asking for it waits for a GPU to finish."""
+        return self.clock.seconds
 
     @torch.inference_mode()
     def reserve(self, rows: int, length: int) -> None:
@@ -85,19 +90,18 @@ class CachedLM(ABC):
         [B, V]. ``parents[b]`` makes the real tokens of row b nodes of a tree: each one's parent is a place among all
         tokens of the row that were appended since ``keep``, -1 for the last committed one.
         """
-        started = time.perf_counter()
         rows, width = tokens.shape
         lengths = [self.lengths[first + b] + self._pending[first + b] for b in range(rows)]
         self._counts, self._is_tree = counts, parents is not None
         self._branch(parents, first, rows)
-        hidden = self._forward(tokens.to(self.device), lengths, first, needs_logits=True)
-        self._note(rows, first)
-        if last_only:
-            ends = torch.tensor(counts if counts is not None else [width] * rows, device=self.device) - 1
-            hidden = hidden[torch.arange(rows, device=self.device), ends]
-        logits = self._head(hidden)
+        with self.clock.timed():
+            hidden = self._forward(tokens.to(self.device), lengths, first, needs_logits=True)
+            self._note(rows, first)
+            if last_only:
+                ends = torch.tensor(counts if counts is not None else [width] * rows) - 1
+                hidden = hidden[torch.arange(rows, device=self.device), ends.to(self.device, non_blocking=True)]
+            logits = self._head(hidden)
         self._read(rows, width, counts, first)
-        self.forward_seconds += time.perf_counter() - started
         return logits
 
     @torch.inference_mode()
@@ -125,7 +129,6 @@ class CachedLM(ABC):
     @torch.inference_mode()
     def fill(self, texts: Sequence[Sequence[int]], *, first: int = 0) -> None:
         """Read and commit one text per slot, whatever their lengths, in passes of bounded size; no logits."""
-        started = time.perf_counter()
         width = max(1, FILL_TOKENS // len(texts))
         for begin in range(0, max(map(len, texts)), width):
             chunks = [text[begin : begin + width] for text in texts]
@@ -133,11 +136,11 @@ class CachedLM(ABC):
             longest = max(counts)
             tokens = torch.tensor([[*chunk, *[0] * (longest - len(chunk))] for chunk in chunks], device=self.device)
             self._counts, self._is_tree = counts, False
-            self._forward(tokens, self.lengths[first : first + len(texts)], first, needs_logits=False)
-            self._note(len(texts), first)
-            self._read(len(texts), longest, counts, first)
-            self.keep(counts, first=first)
-        self.forward_seconds += time.perf_counter() - started
+            with self.clock.timed():
+                self._forward(tokens, self.lengths[first : first + len(texts)], first, needs_logits=False)
+                self._note(len(texts), first)
+                self._read(len(texts), longest, counts, first)
+                self.keep(counts, first=first)
 
     def keep(self, counts: Sequence[int], *, first: int = 0, paths: Sequence[Sequence[int]] | None = None) -> None:
         """Commit the first ``counts[b]`` appended tokens of each row; the rest was never there.

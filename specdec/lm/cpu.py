@@ -15,8 +15,7 @@ from torch import Tensor
 
 from specdec.draws import Drawing
 from specdec.errors import PromptError
-from specdec.lm.base import CachedLM
-from specdec.lm.paged import BLOCK, PagedCache
+from specdec.lm.paged import BLOCK, PagedCache, PagedLM
 from specdec.nn import cpu
 from specdec.nn.gpt import GPT
 
@@ -45,7 +44,7 @@ class Tokens(NamedTuple):
         return Tokens(self.ids[here], self.places[here], self.positions[here], self.row_of[here], seen)
 
 
-class CpuLM(CachedLM):
+class CpuLM(PagedLM):
     """A ``GPT`` with its cache. The given model is not touched: its weights are packed into copies.
 
     A token's logits are the same bits whatever else is read in the same pass, as long as passes are compiled ones; so
@@ -55,7 +54,6 @@ class CpuLM(CachedLM):
     Raises ``LookupError`` where nothing is compiled for this processor and dtype.
     """
 
-    reused_tokens = BLOCK
     reads_trees = True
 
     def __init__(self, model: GPT) -> None:
@@ -80,21 +78,6 @@ class CpuLM(CachedLM):
     def tap(self, layers: Sequence[int]) -> None:
         super().tap(layers)
         self._tapped = np.array(layers, dtype=np.int64)
-
-    def remember(self, slot: int, tokens: Sequence[int]) -> None:
-        if self.starts[slot] == 0:
-            self.cache.remember(slot, tokens[: self.lengths[slot]])
-
-    def recall(self, slot: int, tokens: Sequence[int]) -> None:
-        if not self.tapped:  # of what is recalled, nothing is computed
-            self.lengths[slot] = self.cache.recall(slot, tokens)
-
-    def knows(self, tokens: Sequence[int]) -> bool:
-        return self.cache.knows(tokens)
-
-    def restart(self, slot: int, start: int) -> None:
-        super().restart(slot, start)
-        self.cache.drop(slot)  # others may read the blocks: what comes next goes into new ones
 
     def _reserve(self, rows: int, length: int) -> None:
         self.cache.reserve(rows)
@@ -145,7 +128,7 @@ class CpuLM(CachedLM):
             ctypes.c_void_p(chosen.data_ptr()), ctypes.c_void_p(function), ctypes.c_void_p(asked),
         )  # fmt: skip
         self._read(rows, 0, [more + min(number, count - 1) for more in counts], 0)
-        self.forward_seconds += time.perf_counter() - started
+        self.clock.add(time.perf_counter() - started)
         return chosen, number, logits
 
     def _forward(self, tokens: Tensor, lengths: list[int], first: int, *, needs_logits: bool) -> Tensor:
@@ -257,13 +240,6 @@ class CpuLM(CachedLM):
 
     def project(self, hidden: Tensor) -> Tensor:
         return self._head(torch.nn.functional.pad(hidden, (0, cpu.pad(self._packed.hidden) - hidden.shape[-1])))
-
-    def _copy(self, source: int, target: int, length: int) -> None:
-        self.cache.copy(source, target, length)
-
-    def _wipe(self, first: int, last: int) -> None:
-        for slot in range(first, last):
-            self.cache.drop(slot)
 
 
 def _flat(tokens: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tokens:

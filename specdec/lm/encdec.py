@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +48,14 @@ class EncoderDecoderLM(RowwiseLM):
                 f"{type(self.model).__name__} reads a source: a dict of tensors of one row, such as "
                 f"{{'{self.model.main_input_name}': ...}} or {{'encoder_outputs': ...}}; got {type(source).__name__}"
             )
-        started = time.perf_counter()
         given = {name: self._placed(value) for name, value in source.items()}
+        with self.clock.timed():
+            outputs = self._outputs(given)
+        others = {name: given[name] for name in ("attention_mask",) if name in given and name in self._accepted}
+        return Encoded(outputs, others)
+
+    def _outputs(self, given: dict[str, Any]) -> Any:
+        """What the encoder makes of a source, which may hold it already; it is taken out there."""
         outputs = given.pop("encoder_outputs", None)
         if outputs is None:
             encoder = self.model.get_encoder()
@@ -58,12 +63,10 @@ class EncoderDecoderLM(RowwiseLM):
             anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
             inputs = {name: value for name, value in given.items() if anything or name in accepted}
             with probe.evaluating(self.model):
-                outputs = encoder(**inputs, return_dict=True)
-        elif not isinstance(outputs, Mapping):
-            outputs = BaseModelOutput(last_hidden_state=outputs if isinstance(outputs, Tensor) else outputs[0])
-        self.forward_seconds += time.perf_counter() - started
-        others = {name: given[name] for name in ("attention_mask",) if name in given and name in self._accepted}
-        return Encoded(outputs, others)
+                return encoder(**inputs, return_dict=True)
+        if isinstance(outputs, Mapping):
+            return outputs
+        return BaseModelOutput(last_hidden_state=outputs if isinstance(outputs, Tensor) else outputs[0])
 
     def _placed(self, value: Any) -> Any:
         """A tensor on the model's device and, if it holds numbers and not ids, in its dtype."""

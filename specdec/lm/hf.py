@@ -29,6 +29,7 @@ from specdec.errors import FallbackWarning, ModelError
 from specdec.lm import probe
 from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
+from specdec.lm.clock import Clock
 from specdec.lm.encdec import EncoderDecoderLM
 from specdec.lm.rowwise import MECHANISMS, RowwiseLM
 from specdec.nn.packed import packed_copy
@@ -82,7 +83,7 @@ class HFLM(CachedLM):
 
     def _clear(self) -> None:
         self.lengths, self.starts, self._pending = [], [], []
-        self.forward_seconds = 0.0
+        self.clock = Clock(self.device)
         self.cache = RaggedCache(self.dtype, self.device)
         self.mask_functions: list[MaskFunction] = []  # what the model has asked for in the latest pass
         self.skew = 0  # added to the length that the model is told; only the probe does

@@ -19,13 +19,21 @@ from specdec.nn.packed import pack_linears
 
 
 def native_lm(model: GPT | LSTM) -> CachedLM:
-    """``model`` with a cache: a GPT compiled for the processor where that is possible, else on torch."""
+    """``model`` with a cache: a GPT by code made for the processor or GPU where that is possible, else on torch."""
     if isinstance(model, LSTM):
         return RecurrentLM(model)
     try:
-        return CpuLM(model)
+        return _on_gpu(model) if model.embed_tokens.weight.is_cuda else CpuLM(model)
     except LookupError:
         return NativeLM(model)
+
+
+def _on_gpu(model: GPT) -> CachedLM:
+    try:
+        from specdec.lm.cuda import CudaLM
+    except ImportError as error:  # torch comes without triton on some systems
+        raise LookupError(f"no kernels without triton: {error}") from error
+    return CudaLM(model)
 
 
 class NativeLM(CachedLM):

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from specdec.lm.base import CachedLM
+
 BLOCK = 64  # tokens of a block; as in nn/cpu.c
 REMEMBERED_BYTES = 256 * 2**20  # of blocks that no row holds
 
@@ -20,8 +22,14 @@ REMEMBERED_BYTES = 256 * 2**20  # of blocks that no row holds
 class PagedCache:
     """The blocks of every row. A block holds its tokens' keys and values of all layers, ``numel`` numbers."""
 
-    def __init__(self, numel: int, dtype: torch.dtype, remembered_bytes: int = REMEMBERED_BYTES) -> None:
-        self.numel, self.dtype = numel, dtype
+    def __init__(
+        self,
+        numel: int,
+        dtype: torch.dtype,
+        remembered_bytes: int = REMEMBERED_BYTES,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (it never changes)
+    ) -> None:
+        self.numel, self.dtype, self.device = numel, dtype, device
         self.rows: list[list[torch.Tensor]] = []
         self.addresses = np.zeros((0, 0), dtype=np.uint64)  # [rows, blocks]
         self.address = 0  # of this table
@@ -37,8 +45,12 @@ class PagedCache:
         """Give the row in ``slot`` blocks for ``length`` tokens, zeros where they are new."""
         row, needed = self.rows[slot], -(-length // BLOCK)
         if len(row) < needed:
-            new = [torch.zeros(self.numel, dtype=self.dtype) for _ in range(needed - len(row))]
+            new = [self.new_block() for _ in range(needed - len(row))]
             self._take(slot, row + new)
+
+    def new_block(self) -> torch.Tensor:
+        """A block without tokens."""
+        return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Row ``target`` becomes the first ``length`` tokens of row ``source``: full blocks are shared, the last copied."""
@@ -86,6 +98,35 @@ class PagedCache:
             grown = np.zeros((len(self.rows), known if blocks <= known else max(2 * known, blocks)), dtype=np.uint64)
             grown[:rows, :known] = self.addresses
             self.addresses, self.address = grown, grown.ctypes.data
+
+
+class PagedLM(CachedLM):
+    """A model whose ``cache`` is a ``PagedCache``."""
+
+    reused_tokens = BLOCK
+    cache: PagedCache
+
+    def remember(self, slot: int, tokens: Sequence[int]) -> None:
+        if self.starts[slot] == 0:
+            self.cache.remember(slot, tokens[: self.lengths[slot]])
+
+    def recall(self, slot: int, tokens: Sequence[int]) -> None:
+        if not self.tapped:  # of what is recalled, nothing is computed
+            self.lengths[slot] = self.cache.recall(slot, tokens)
+
+    def knows(self, tokens: Sequence[int]) -> bool:
+        return self.cache.knows(tokens)
+
+    def restart(self, slot: int, start: int) -> None:
+        super().restart(slot, start)
+        self.cache.drop(slot)  # others may read the blocks: what comes next goes into new ones
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        self.cache.copy(source, target, length)
+
+    def _wipe(self, first: int, last: int) -> None:
+        for slot in range(first, last):
+            self.cache.drop(slot)
 
 
 class Window:

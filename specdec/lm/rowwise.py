@@ -23,6 +23,7 @@ from transformers.generation.utils import GenerationMixin
 
 from specdec.lm import probe
 from specdec.lm.base import FILL_TOKENS, CachedLM
+from specdec.lm.clock import Clock
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # what models call it
 MECHANISMS = ("row by row", "token by token", "whole rows")
@@ -68,7 +69,7 @@ class RowwiseLM(CachedLM):
         self._rows: list[RowState] = []
         self._admit()
         self.lengths, self.starts, self._pending, self._rows = [], [], [], []
-        self.forward_seconds = 0.0
+        self.clock = Clock(self.device)
 
     def _admit(self) -> None:
         prefixes = [0, *(place for window in probe.windows(self.model) for place in (max(window - 3, 1), window + 5))]

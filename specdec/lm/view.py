@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from specdec.lm.clock import Clock
 from specdec.lm.cpu import CpuLM, Tokens
 from specdec.lm.paged import BLOCK, Window
 from specdec.nn import cpu
@@ -25,7 +26,7 @@ class CpuView(CpuLM):
         self._packed = lm._packed.view(range(lm._packed.struct.layers) if layers is None else layers, in_bytes=in_bytes)
         self._others = None
         self._pending, self._branches, self._features, self._tapped = [], {}, None, np.empty(0, dtype=np.int64)
-        self.forward_seconds = 0.0
+        self.clock = Clock(self.device)
         self._scratch = [tensor[:0] for tensor in self._scratch]
         self._point()
         self._window = None if window is None else Window(lm.cache, -(-window // BLOCK) + 1)

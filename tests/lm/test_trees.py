@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from test_contract import CONFIGS, OURS
+from test_contract import CONFIGS, DEVICE, OURS, logits_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -24,8 +24,8 @@ Plain = Callable[[list[int]], Tensor]
 def model_of(kind: str) -> tuple[CachedLM, Plain]:
     """A model with a cache, and its logits [T, V] of a text alone."""
     if kind in OURS:
-        model = tiny_gpt(61, layers=3, context=200)
-        return OURS[kind](model), lambda text: model.lm_head(model(torch.tensor([text])))[0]
+        model = tiny_gpt(61, layers=3, context=200).to(DEVICE if kind == "kernels" else "cpu")
+        return OURS[kind](model), lambda text: logits_of(model, text)
     name, attention = kind.split()
     torch.manual_seed(0)
     found = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention).eval()

@@ -1,0 +1,244 @@
+"""Triton kernels of a decoding pass: what lies between two large products is part of one of them.
+
+A decoding pass on a GPU reads every weight once and does little with it, so it takes as long as that reading does, plus
+what every kernel waits for its predecessor. Five kernels a layer are left: qkv, heads, attention, output, feed-forward
+(two). Importing this module needs triton; ``TRITON_INTERPRET=1`` runs it on the CPU, for tests.
+
+Shapes: M tokens, rows one after another; H heads, G groups (heads of keys and values), R = H / G, D channels of a head.
+Every sum runs in an order that depends on the token's own row alone, never on what else is in the pass.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def project(
+    inputs,  # [M, inner]
+    weights,  # [width, inner], or [2 * width, inner] if GATED
+    norm,  # [inner]; what normalised inputs are multiplied by
+    bias,  # one per row of weights
+    outputs,  # [M, width]
+    count,  # M
+    width,
+    inner,
+    epsilon,
+    HAS_NORM: tl.constexpr,  # inputs are a residual stream in float32 and go through an RMSNorm first
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,  # SwiGLU: the first half of weights makes gates
+    ADDS: tl.constexpr,  # to what outputs hold
+    WHOLE: tl.constexpr,  # inner is a multiple of TILE_K
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """outputs = inputs @ weights.T, with what comes before and after."""
+    columns = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    tokens = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    is_token, is_column = tokens < count, columns < width
+    dtype = weights.dtype.element_ty
+    source = inputs + tokens[:, None].to(tl.int64) * inner
+    matrix = weights + columns[None, :].to(tl.int64) * inner
+    found = tl.zeros([TILE_M, TILE_N], tl.float32)
+    other = tl.zeros([TILE_M, TILE_N], tl.float32)
+    squares = tl.zeros([TILE_M], tl.float32)
+    for begin in tl.range(0, inner, TILE_K, num_stages=STAGES):
+        places = begin + tl.arange(0, TILE_K)
+        here = is_token[:, None]
+        there = is_column[None, :]
+        if not WHOLE:
+            here = here & (places < inner)[None, :]
+            there = there & (places < inner)[:, None]
+        x = tl.load(source + places[None, :], here, 0.0)
+        if HAS_NORM:
+            squares += tl.sum(x * x, 1)
+            x = x * tl.load(norm + places, places < inner, 0.0)[None, :].to(tl.float32)
+        x = x.to(dtype)
+        found = tl.dot(x, tl.load(matrix + places[:, None], there, 0.0), found, input_precision="ieee")
+        if GATED:
+            second = tl.load(matrix + places[:, None] + width.to(tl.int64) * inner, there, 0.0)
+            other = tl.dot(x, second, other, input_precision="ieee")
+    if HAS_NORM:
+        scale = tl.rsqrt(squares / inner + epsilon)[:, None]
+        found, other = found * scale, other * scale
+    if HAS_BIAS:
+        found += tl.load(bias + columns, is_column, 0.0)[None, :].to(tl.float32)
+        if GATED:
+            other += tl.load(bias + width + columns, is_column, 0.0)[None, :].to(tl.float32)
+    if GATED:
+        found = found / (1 + tl.exp(-found)) * other
+    target = outputs + tokens[:, None].to(tl.int64) * width + columns[None, :]
+    cells = is_token[:, None] & is_column[None, :]
+    if ADDS:
+        found += tl.load(target, cells, 0.0)
+    tl.store(target, found.to(outputs.dtype.element_ty), cells)
+
+
+@triton.jit
+def turn(
+    heads,  # [M, H + 2 G, D]: queries, keys and values
+    query_norm,  # [D]
+    key_norm,  # [D]
+    cosines,  # [positions, D / 2], float32
+    sines,
+    positions,  # [M]
+    places,  # [M]: where the token goes in its row's cache
+    blocks,  # [B, stride]: addresses of the row's blocks
+    stride,
+    queries,  # [M, H, D]
+    per_row,  # tokens of a row
+    layer,
+    epsilon,
+    HAS_NORM: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,  # D
+    HALF: tl.constexpr,  # D / 2, rounded up to a power of two
+    BLOCK: tl.constexpr,  # tokens of a block
+):
+    """Rotate queries and keys by their positions (after an RMSNorm in families that have it); store keys and values."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    channels = tl.arange(0, HALF)
+    real = channels < SIZE // 2
+    source = heads + (token.to(tl.int64) * (HEADS + 2 * GROUPS) + head) * SIZE + channels
+    first, second = tl.load(source, real, 0.0), tl.load(source + SIZE // 2, real, 0.0)
+    dtype = first.dtype
+    if head < HEADS + GROUPS:
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        if HAS_NORM:
+            scale = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / SIZE + epsilon)
+            norm = tl.where(head < HEADS, tl.load(query_norm + channels, real, 0.0), tl.load(key_norm + channels, real, 0.0))
+            first = first * scale * norm.to(tl.float32)
+            query_norm += SIZE // 2
+            key_norm += SIZE // 2
+            norm = tl.where(head < HEADS, tl.load(query_norm + channels, real, 0.0), tl.load(key_norm + channels, real, 0.0))
+            second = second * scale * norm.to(tl.float32)
+        angle = tl.load(positions + token) * (SIZE // 2) + channels
+        cosine, sine = tl.load(cosines + angle, real, 0.0), tl.load(sines + angle, real, 0.0)
+        turned = first * cosine - second * sine
+        second = (second * cosine + first * sine).to(dtype)
+        first = turned.to(dtype)
+    if head < HEADS:
+        target = queries + (token.to(tl.int64) * HEADS + head) * SIZE + channels
+        tl.store(target, first, real)
+        tl.store(target + SIZE // 2, second, real)
+    else:
+        group = (head - HEADS) % GROUPS
+        is_value = (head - HEADS) // GROUPS
+        place = tl.load(places + token)
+        block = tl.load(blocks + token // per_row * stride + place // BLOCK).to(tl.pointer_type(dtype))
+        target = block + (((layer * GROUPS + group) * 2 + is_value) * BLOCK + place % BLOCK) * SIZE + channels
+        tl.store(target, first, real)
+        tl.store(target + SIZE // 2, second, real)
+
+
+@triton.jit
+def attend(
+    queries,  # [M, H, D]
+    blocks,  # [B, stride]
+    stride,
+    lengths,  # [B]: tokens in the cache before the pass
+    committed,  # [B]: those of them that are no tree
+    seen,  # [M]: of a tree's node, which of the row's uncommitted tokens it looks at, a bit for each
+    mixed,  # [M, H, D], if ALONE
+    parts,  # [chunks, M, H, D], else: what every chunk of the row adds,
+    peaks,  # [chunks, M, H, 2]: its largest score, and the sum of its weights
+    tokens_of_pass,  # M
+    per_row,
+    layer,
+    scale,
+    CHUNK: tl.constexpr,  # tokens of the cache that a program looks at; 0: all
+    ALONE: tl.constexpr,  # there is one chunk
+    TREE: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDE: tl.constexpr,  # D rounded up to a power of two
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,  # queries of a program
+):
+    """Attention of the heads of a group over the cache, as in flash decoding (Dao et al. 2023): a chunk per program."""
+    per_group: tl.constexpr = HEADS // GROUPS
+    tiles = tl.cdiv(per_row * per_group, TILE)
+    row, group, chunk = tl.program_id(0) // tiles, tl.program_id(1), tl.program_id(2)
+    pairs = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    offsets = pairs // per_group
+    is_query = offsets < per_row
+    tokens = (row * per_row + offsets).to(tl.int64)
+    cells = tokens * HEADS + group * per_group + pairs % per_group
+    channels = tl.arange(0, WIDE)
+    real = channels < SIZE
+    places = cells[:, None] * SIZE + channels[None, :]
+    wanted = is_query[:, None] & real[None, :]
+    query = tl.load(queries + places, wanted, 0.0)
+    dtype = query.dtype
+    length = tl.load(lengths + row)
+    end = length + per_row
+    begin = chunk * CHUNK
+    stop = tl.minimum(begin + CHUNK, end) if CHUNK else end
+    if TREE:
+        fixed = tl.load(committed + row)
+        looks = tl.load(seen + tokens, is_query, 0)
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    found = tl.zeros([TILE, WIDE], tl.float32)
+    for start in range(begin, stop, BLOCK):
+        block = tl.load(blocks + row * stride + start // BLOCK).to(tl.pointer_type(dtype))
+        keys = block + (layer * GROUPS + group) * 2 * BLOCK * SIZE
+        slots = tl.arange(0, BLOCK)
+        inside = (start + slots < end)[:, None] & real[None, :]
+        cell = slots[:, None] * SIZE + channels[None, :]
+        key = tl.load(keys + cell, inside, 0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        at = (start + slots)[None, :]
+        if TREE:
+            bit = (looks[:, None] >> tl.maximum(tl.minimum(at - fixed, 63), 0)) & 1
+            visible = (at < fixed) | ((bit == 1) & (at < end))
+        else:
+            visible = at <= (length + offsets)[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+        peak = tl.maximum(best, tl.max(scores, 1))
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        weights = tl.exp(scores - base[:, None])
+        fading = tl.exp(best - base)
+        total = total * fading + tl.sum(weights, 1)
+        value = tl.load(keys + BLOCK * SIZE + cell, inside, 0.0)
+        found = found * fading[:, None] + tl.dot(weights.to(dtype), value, input_precision="ieee")
+        best = peak
+    if ALONE:
+        tl.store(mixed + places, (found / total[:, None]).to(dtype), wanted)
+    else:
+        chunk_of = chunk.to(tl.int64) * tokens_of_pass * HEADS
+        tl.store(parts + chunk_of * SIZE + places, found, wanted)
+        tl.store(peaks + (chunk_of + cells) * 2, best, is_query)
+        tl.store(peaks + (chunk_of + cells) * 2 + 1, total, is_query)
+
+
+@triton.jit
+def combine(
+    parts,  # [chunks, M, H, D]
+    peaks,  # [chunks, M, H, 2]
+    mixed,  # [M, H, D]
+    cells,  # M * H
+    chunks,
+    SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """What the chunks of a row add up to; those beyond its end weigh nothing."""
+    cell = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, WIDE)
+    real = channels < SIZE
+    best = tl.full((), float("-inf"), tl.float32)
+    for chunk in range(chunks):
+        best = tl.maximum(best, tl.load(peaks + (chunk * cells + cell) * 2))
+    total = tl.full((), 0.0, tl.float32)
+    found = tl.zeros([WIDE], tl.float32)
+    for chunk in range(chunks):
+        here = chunk * cells + cell
+        weight = tl.exp(tl.load(peaks + here * 2) - best)
+        total += weight * tl.load(peaks + here * 2 + 1)
+        found += weight * tl.load(parts + here * SIZE + channels, real, 0.0)
+    tl.store(mixed + cell * SIZE + channels, (found / total).to(mixed.dtype.element_ty), real)

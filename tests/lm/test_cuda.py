@@ -1,0 +1,169 @@
+"""The GPU's decoder: kernels against the model they are made of, recorded passes against passes that are not.
+
+Without a GPU triton interprets the kernels on the processor; what only a GPU has is tested where there is one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ragged import Checked
+from test_contract import DEVICE, logits_of
+from torch import Tensor
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from specdec import Engine
+from specdec.drafters.model import ModelDrafter
+from specdec.lm.base import CachedLM
+from specdec.lm.cuda import CudaLM
+from specdec.lm.native import NativeLM, native_lm
+from specdec.nn.cuda import CHUNK
+from specdec.nn.gpt import GPT, Config
+from toys import tiny_gpt
+
+on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU")
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 700,
+    "initializer_range": 0.3,
+}
+CONFIGS: dict[str, Config] = {
+    "heads of 20 channels": LlamaConfig(**SHAPE, head_dim=20),
+    "biases": LlamaConfig(**SHAPE, head_dim=8, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SHAPE, head_dim=16, sliding_window=None),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+}
+
+
+def model_of(config: Config, dtype: torch.dtype = torch.float32) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():  # biases and norms begin as zeros and ones, which hide mistakes
+        if weight.dim() == 1:
+            weight.copy_(torch.rand_like(weight) + 0.5 * ("norm" in name))
+        weight.data = weight.data.to(DEVICE, dtype)
+    return model
+
+
+def texts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(61, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_every_family(name: str) -> None:
+    model = model_of(CONFIGS[name])
+    checked = Checked(CudaLM(model), lambda text: logits_of(model, text), tolerance=5e-5)
+    checked.reserve(2, 30)
+    checked.fill(texts(9, 3))
+    for _ in range(3):  # the third of a kind is a recorded one
+        checked.append(torch.tensor(texts(3, 3)), [3, 2])
+        checked.keep([2, 1])
+
+
+@torch.inference_mode()
+def test_a_cache_of_several_chunks() -> None:
+    model = model_of(CONFIGS["qwen3"])
+    checked = Checked(CudaLM(model), lambda text: logits_of(model, text), tolerance=5e-5)
+    checked.reserve(3, 2 * CHUNK)
+    checked.fill(texts(CHUNK + 7, CHUNK - 2, 5))
+    for _ in range(3):
+        checked.append(torch.tensor(texts(3, 3, 3)))
+        checked.keep([3, 3, 3])
+
+
+@torch.inference_mode()
+def test_whole_drafts_are_what_single_passes_find() -> None:
+    lm = CudaLM(tiny_gpt(0, context=200).to(DEVICE))
+    lm.reserve(3, 60)
+    begun, unread, counts = texts(5, 1, 12), torch.tensor(texts(2, 2, 2), device=DEVICE), [1, 2, 2]
+    for choices in (61, 40):
+        found = []
+        for guess in (CachedLM.guess, CudaLM.guess, CudaLM.guess, CudaLM.guess):
+            lm.fill(begun)
+            found.append(guess(lm, unread, counts, 4, choices))
+            lm.keep([count + 3 for count in counts])
+            after = lm.append(found[-1][:, -1:])
+            lm.free(0)
+            assert torch.equal(found[0], found[-1])
+            assert int(found[0].max()) < choices
+            assert after.isfinite().all()
+
+
+def test_models_without_kernels_are_refused() -> None:
+    with pytest.raises(LookupError, match="no kernels for torch.float16"):
+        CudaLM(tiny_gpt(0).to(DEVICE, torch.float16))
+
+
+@on_gpu
+def test_a_gpu_runs_kernels_where_there_are_some() -> None:
+    assert isinstance(native_lm(tiny_gpt(0).to(DEVICE)), CudaLM)
+    assert isinstance(native_lm(tiny_gpt(0).to(DEVICE, torch.float16)), NativeLM)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.inference_mode()
+def test_logits_do_not_depend_on_what_else_is_read(dtype: torch.dtype) -> None:
+    lm = CudaLM(model_of(CONFIGS["qwen3"], dtype))
+    text = texts(40)[0]
+    lm.reserve(8, 64)
+    alone = []
+    for token in text:
+        alone.append(lm.append(torch.tensor([[token]], device=DEVICE))[0, 0].clone())
+        lm.keep([1])
+    lm.free(0)
+    begun = texts(30, 7, 9)
+    lm.fill([text[:1], *begun])
+    for place in (1, 5, 9):
+        others = texts(4, 4, 4)
+        logits = lm.append(torch.tensor([text[place : place + 4], *others], device=DEVICE))
+        assert torch.equal(logits[0], torch.stack(alone[place : place + 4]))
+        lm.keep([4, 0, 1, 2])
+
+
+@on_gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_waits_once(temperature: float) -> None:
+    engine = Engine(native_lm(tiny_gpt(0).to(DEVICE)), ModelDrafter(native_lm(tiny_gpt(1, layers=1).to(DEVICE))))
+    prompts = texts(5, 9)
+    expected = engine.generate(prompts, max_new_tokens=30, temperature=temperature, num_draft_tokens=3, seed=1)
+    call = engine._call(
+        prompts, None, {"max_new_tokens": 30, "temperature": temperature, "num_draft_tokens": 3, "seed": 1},
+        streaming=False,
+    )  # fmt: skip
+    waits = []
+    tolist = Tensor.tolist
+
+    def counted(self: Tensor) -> object:
+        waits.append(self.is_cuda)
+        return tolist(self)
+
+    steps = call.steps()
+    next(steps)  # with the prompts
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Tensor, "tolist", counted)
+        taken = sum(1 for _ in steps)
+    assert sum(waits) == taken
+    assert call.output().token_ids == expected.token_ids
+
+
+@on_gpu
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 0.8, "rule": "coupled"}])
+def test_texts_of_recorded_passes_are_those_of_torch(settings: dict[str, object]) -> None:
+    target, draft = tiny_gpt(0, context=400).to(DEVICE), tiny_gpt(1, layers=1, context=400).to(DEVICE)
+    prompts = texts(5, 130, 9, 40)
+    plain = Engine(NativeLM(target)).generate(prompts, max_new_tokens=100, seed=1, **settings)
+    for rounds in range(2):
+        for count in (0, 1, 4):
+            engine = Engine(CudaLM(target), ModelDrafter(CudaLM(draft)))
+            found = engine.generate(prompts, max_new_tokens=100, seed=1, num_draft_tokens=count, **settings)
+            if not settings or settings.get("rule") == "coupled" or count == 0:
+                assert found.token_ids == plain.token_ids, (rounds, count)
