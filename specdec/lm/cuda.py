@@ -56,7 +56,7 @@ class CudaLM(PagedLM):
         shape = self._shape(rows, width, max(lengths))
         numbers = self._numbers(shape, lengths, counts, first)
         taps = self.tapped
-        stream, *kept = self._graphs.run(
+        hidden, *kept = self._graphs.run(
             ("pass", shape, taps),
             partial(_read, self.model, shape, taps),
             shape.fitted(tokens),
@@ -65,7 +65,7 @@ class CudaLM(PagedLM):
         )
         if taps:
             self._outputs = torch.cat(kept, dim=-1).view(shape.rows, width, -1)[:rows]
-        return stream.view(shape.rows, width, -1)[:rows]
+        return hidden.view(shape.rows, width, -1)[:rows]
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits = self.model.logits(hidden.reshape(-1, hidden.shape[-1]))
@@ -94,7 +94,7 @@ class CudaLM(PagedLM):
         return torch.nn.functional.embedding(tokens, self.model.embedding)
 
     def project(self, hidden: Tensor) -> Tensor:
-        return self.model.project(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+        return self._head(hidden)
 
     def _gather(self, slot: int, places: Sequence[int]) -> None:
         blocks = [block.view(-1, BLOCK, self.model.head_dim) for block in self.cache.rows[slot]]
@@ -195,25 +195,25 @@ class Shape(NamedTuple):
 
 
 def _read(model: CudaModel, shape: Shape, taps: tuple[int, ...], ids: Tensor, numbers: Tensor) -> Results:
-    """The residual stream [B * T, hidden], and outputs of tapped layers."""
-    stream, kept = model.forward(shape.described(ids, shape.parts(numbers)), taps)
-    return stream, *kept
+    """Hidden states [B * T, hidden], and outputs of tapped layers."""
+    hidden, kept = model.forward(shape.described(ids, shape.parts(numbers)), taps)
+    return hidden, *kept
 
 
 def _guess(model: CudaModel, shape: Shape, count: int, choices: int, ids: Tensor, numbers: Tensor) -> Results:
     """See ``CachedLM.guess``; [B, count]."""
     given = shape.parts(numbers)
-    stream, _ = model.forward(shape.described(ids, given))
+    hidden, _ = model.forward(shape.described(ids, given))
     rows = torch.arange(shape.rows, device=ids.device)
-    stream = stream.view(shape.rows, shape.width, -1)[rows, given.counts - 1]
-    chosen = [model.logits(stream)[:, :choices].argmax(-1, keepdim=True)]
+    hidden = hidden.view(shape.rows, shape.width, -1)[rows, given.counts - 1]
+    chosen = [model.logits(hidden)[:, :choices].argmax(-1, keepdim=True)]
     lengths = given.lengths + given.counts
     single = shape._replace(width=1)
     for _ in range(count - 1):
         places = lengths.unsqueeze(1)
         told = given._replace(places=places, positions=places, lengths=lengths, committed=lengths)
-        stream, _ = model.forward(single.described(chosen[-1], told))
-        chosen.append(model.logits(stream)[:, :choices].argmax(-1, keepdim=True))
+        hidden, _ = model.forward(single.described(chosen[-1], told))
+        chosen.append(model.logits(hidden)[:, :choices].argmax(-1, keepdim=True))
         lengths = lengths + 1
     return (torch.cat(chosen, dim=1),)
 

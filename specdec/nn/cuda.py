@@ -13,9 +13,11 @@ from torch.nn import functional
 from specdec.nn import kernels
 from specdec.nn.gpt import GPT
 
-MOST_TOKENS = 64  # of a pass whose products are ours; with more, arithmetic counts, and torch's products are better at it
+FEW = 8  # tokens whose products are ours; with more, torch's are as fast
+MOST_TOKENS = 256  # of a decoding pass; larger ones read prompts
 CHUNK = 256  # tokens of the cache that one program of a decoding pass looks at
-DTYPES = (torch.bfloat16, torch.float32)  # float16 cannot hold what is normalised after the product and not before
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TILE_N, _TILE_K, _STAGES, _WARPS = 4, 512, 3, 4  # of a product; one for all, so that sums have one order
 
 
 class Weights(NamedTuple):
@@ -23,22 +25,22 @@ class Weights(NamedTuple):
 
     matrix: Tensor
     bias: Tensor | None
-    norm: Tensor | None = None  # of its inputs
 
     @classmethod
-    def of(cls, linear: nn.Linear, norm: nn.Module | None = None) -> Weights:
-        """Those of ``linear`` behind ``norm``."""
-        bias = None if linear.bias is None else linear.bias.detach()
-        return cls(linear.weight.detach(), bias, None if norm is None else norm.weight.detach())
+    def of(cls, linear: nn.Linear) -> Weights:
+        """Those of ``linear``."""
+        return cls(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
 
 class Layer(NamedTuple):
-    """A block; the two norms are those of Qwen3's queries and keys."""
+    """A block; ``query_norm`` and ``key_norm`` are Qwen3's."""
 
+    norm: Tensor
     qkv: Weights
     query_norm: Tensor | None
     key_norm: Tensor | None
     output: Weights
+    mlp_norm: Tensor
     gate_up: Weights
     down: Weights
 
@@ -71,7 +73,7 @@ class CudaModel:
         self.heads, self.groups, self.head_dim = attention.heads, attention.groups, attention.head_dim
         self.epsilon = model.config.rms_norm_eps
         self.embedding = model.embed_tokens.weight.detach()
-        self.head = Weights.of(model.lm_head, model.norm)
+        self.head, self.norm = Weights.of(model.lm_head), model.norm.weight.detach()
         self.layers = [_layer(block) for block in model.layers]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.block_numel = len(self.layers) * self.groups * 2 * block * self.head_dim
@@ -88,29 +90,35 @@ class CudaModel:
         return True
 
     def forward(self, read: Pass, taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
-        """The residual stream [B * T, hidden] (float32) of a pass, and that after the layers in ``taps``."""
+        """Hidden states [B * T, hidden] after the last norm, and the outputs of the layers in ``taps``."""
         stream = functional.embedding(read.ids.flatten(), self.embedding).float()
-        kept = {}
+        added, kept = None, {}
         for number, layer in enumerate(self.layers):
-            mixed = self._attend(number, layer, stream, read)
-            self._product(mixed, layer.output, adds_to=stream)
-            self._product(self._product(stream, layer.gate_up, gated=True), layer.down, adds_to=stream)
-            if number in taps:
-                kept[number] = stream.to(self.dtype)
-        return stream, [kept[layer] for layer in taps]
+            mixed = self._attend(number, layer, self._normalised(stream, added, layer.norm), read)
+            if number - 1 in taps:
+                kept[number - 1] = stream.to(self.dtype)  # with what the layer before has added
+            inner = self._normalised(stream, self._product(mixed, layer.output), layer.mlp_norm)
+            added = self._product(self._product(inner, layer.gate_up, gated=True), layer.down)
+        return self._normalised(stream, added, self.norm), [kept[layer] for layer in taps]
 
-    def logits(self, stream: Tensor) -> Tensor:
-        """[M, V] in float32, of the residual stream [M, hidden]."""
-        return self._product(stream, self.head, dtype=torch.float32)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[M, V] in float32, of hidden states [M, hidden]."""
+        return self._product(hidden.to(self.dtype), self.head, dtype=torch.float32)
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """Logits [M, V] of hidden states [M, hidden] that are normalised already."""
-        return self._product(hidden.to(self.dtype), self.head._replace(norm=None), dtype=torch.float32)
+    def _normalised(self, stream: Tensor, added: Tensor | None, weights: Tensor) -> Tensor:
+        """RMSNorm of ``stream`` [M, hidden], which changes in place if something is ``added`` [M, hidden]."""
+        count, width = stream.shape
+        outputs = torch.empty(stream.shape, dtype=self.dtype, device=self.device)
+        kernels.normalise[count,](
+            stream, added, weights, outputs, width, self.epsilon, ADDS=added is not None,
+            WIDE=triton.next_power_of_2(width), num_warps=8,
+        )  # fmt: skip
+        return outputs
 
-    def _attend(self, number: int, layer: Layer, stream: Tensor, read: Pass) -> Tensor:
-        """[M, heads * head_dim]."""
+    def _attend(self, number: int, layer: Layer, inputs: Tensor, read: Pass) -> Tensor:
+        """[M, heads * head_dim] of inputs [M, hidden]."""
         rows, width = read.ids.shape
-        heads = self._product(stream, layer.qkv)
+        heads = self._product(inputs, layer.qkv)
         shape = {"HEADS": self.heads, "GROUPS": self.groups, "SIZE": self.head_dim, "BLOCK": self.block}
         queries = torch.empty(rows * width, self.heads * self.head_dim, dtype=self.dtype, device=self.device)
         stride = read.blocks.stride(0)
@@ -138,72 +146,42 @@ class CudaModel:
         return mixed
 
     def _product(
-        self,
-        inputs: Tensor,
-        weights: Weights,
-        *,
-        gated: bool = False,
-        adds_to: Tensor | None = None,
-        dtype: torch.dtype | None = None,
+        self, inputs: Tensor, weights: Weights, *, gated: bool = False, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """[M, width] of inputs [M, inner], in ``dtype`` (default: the weights'); ``adds_to`` is changed in place."""
-        count, inner = inputs.shape
-        if count > MOST_TOKENS:
-            return self._large_product(inputs, weights, gated, adds_to, dtype)
-        width = len(weights.matrix) // (2 if gated else 1)
-        outputs = adds_to
-        if outputs is None:
-            outputs = torch.empty(count, width, dtype=dtype or self.dtype, device=self.device)
-        tile = Tile.of(count, width, inner, gated, self.dtype)
-        kernels.project[-(-width // tile.columns), -(-count // tile.tokens)](
-            inputs, weights.matrix, weights.norm, weights.bias, outputs, count, width, inner, self.epsilon,
-            HAS_NORM=weights.norm is not None, HAS_BIAS=weights.bias is not None, GATED=gated,
-            ADDS=adds_to is not None, WHOLE=inner % tile.inner == 0, TILE_M=tile.tokens, TILE_N=tile.columns,
-            TILE_K=tile.inner, STAGES=tile.stages, num_warps=tile.warps,
+        """[M, width] of inputs [M, inner], in ``dtype`` (default: the weights')."""
+        (count, inner), width = inputs.shape, len(weights.matrix) // (2 if gated else 1)
+        if count > FEW:
+            found = functional.linear(inputs, weights.matrix, weights.bias)
+            return self._gated(found) if gated else found.to(dtype or self.dtype)
+        outputs = torch.empty(count, width, dtype=dtype or self.dtype, device=self.device)
+        columns = _TILE_N // (2 if gated else 1)
+        kernels.multiply[-(-width // columns),](
+            inputs, weights.matrix, weights.bias, outputs, width, inner, COUNT=count,
+            HAS_BIAS=weights.bias is not None, GATED=gated, WHOLE=inner % _TILE_K == 0, TILE_N=columns, TILE_K=_TILE_K,
+            STAGES=_STAGES, num_warps=_WARPS,
         )  # fmt: skip
         return outputs
 
-    def _large_product(
-        self, inputs: Tensor, weights: Weights, gated: bool, adds_to: Tensor | None, dtype: torch.dtype | None
-    ) -> Tensor:
-        if weights.norm is not None:
-            scale = inputs.square().mean(-1, keepdim=True).add_(self.epsilon).rsqrt_()
-            inputs = (inputs * scale).to(self.dtype) * weights.norm
-        found = functional.linear(inputs, weights.matrix, weights.bias)
-        if gated:
-            gate, up = found.chunk(2, dim=-1)
-            found = functional.silu(gate) * up
-        return found.to(dtype or self.dtype) if adds_to is None else adds_to.add_(found)
-
-
-class Tile(NamedTuple):
-    """How the programs of ``kernels.project`` share the work."""
-
-    tokens: int
-    columns: int
-    inner: int
-    stages: int
-    warps: int
-
-    @classmethod
-    def of(cls, count: int, width: int, inner: int, gated: bool, dtype: torch.dtype) -> Tile:
-        """For M = ``count`` tokens. ``inner``, and so the order of a sum, depends on the model alone."""
-        tokens = min(64, max(16, triton.next_power_of_2(count)))
-        deep = min(256 if dtype.itemsize == 2 else 64, max(16, triton.next_power_of_2(inner)))
-        columns = 16 if width <= 16 * 256 else 32
-        return cls(tokens, columns, deep, 3 if gated else 4, 4)
+    def _gated(self, inputs: Tensor) -> Tensor:
+        """[M, width] of gates and what they let through, [M, 2 * width]."""
+        count, width = len(inputs), inputs.shape[1] // 2
+        outputs = torch.empty(count, width, dtype=self.dtype, device=self.device)
+        kernels.swiglu[count, -(-width // 1024)](inputs, outputs, width, TILE=1024)
+        return outputs
 
 
 def _layer(block: nn.Module) -> Layer:
     attention, mlp = block.self_attn, block.mlp
     norms = [None if norm is None else norm.weight.detach() for norm in (attention.q_norm, attention.k_norm)]
     return Layer(
-        Weights.of(attention.qkv_proj, block.input_layernorm),
-        norms[0],
-        norms[1],
-        Weights.of(attention.o_proj),
-        Weights.of(mlp.gate_up_proj, block.post_attention_layernorm),
-        Weights.of(mlp.down_proj),
+        norm=block.input_layernorm.weight.detach(),
+        qkv=Weights.of(attention.qkv_proj),
+        query_norm=norms[0],
+        key_norm=norms[1],
+        output=Weights.of(attention.o_proj),
+        mlp_norm=block.post_attention_layernorm.weight.detach(),
+        gate_up=Weights.of(mlp.gate_up_proj),
+        down=Weights.of(mlp.down_proj),
     )
 
 

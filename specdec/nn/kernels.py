@@ -1,8 +1,8 @@
 """Triton kernels of a decoding pass: what lies between two large products is part of one of them.
 
 A decoding pass on a GPU reads every weight once and does little with it, so it takes as long as that reading does, plus
-what every kernel waits for its predecessor. Five kernels a layer are left: qkv, heads, attention, output, feed-forward
-(two). Importing this module needs triton; ``TRITON_INTERPRET=1`` runs it on the CPU, for tests.
+what every kernel waits for its predecessor: so there are few of them. Importing this module needs triton;
+``TRITON_INTERPRET=1`` runs it on the CPU, for tests.
 
 Shapes: M tokens, rows one after another; H heads, G groups (heads of keys and values), R = H / G, D channels of a head.
 Every sum runs in an order that depends on the token's own row alone, never on what else is in the pass.
@@ -15,66 +15,97 @@ import triton.language as tl
 
 
 @triton.jit
-def project(
+def normalise(
+    stream,  # [M, width], float32: the residual stream
+    added,  # [M, width], if ADDS: what goes into it first
+    weights,  # [width]
+    outputs,  # [M, width]
+    width,
+    epsilon,
+    ADDS: tl.constexpr,
+    WIDE: tl.constexpr,  # width rounded up to a power of two
+):
+    """RMSNorm of the residual stream."""
+    places = tl.arange(0, WIDE)
+    inside = places < width
+    row = tl.program_id(0).to(tl.int64) * width
+    x = tl.load(stream + row + places, inside, 0.0)
+    if ADDS:
+        x += tl.load(added + row + places, inside, 0.0).to(tl.float32)
+        tl.store(stream + row + places, x, inside)
+    x = x * tl.rsqrt(tl.sum(x * x) / width + epsilon) * tl.load(weights + places, inside, 0.0).to(tl.float32)
+    tl.store(outputs + row + places, x.to(outputs.dtype.element_ty), inside)
+
+
+@triton.jit
+def multiply(
     inputs,  # [M, inner]
     weights,  # [width, inner], or [2 * width, inner] if GATED
-    norm,  # [inner]; what normalised inputs are multiplied by
     bias,  # one per row of weights
     outputs,  # [M, width]
-    count,  # M
     width,
     inner,
-    epsilon,
-    HAS_NORM: tl.constexpr,  # inputs are a residual stream in float32 and go through an RMSNorm first
+    COUNT: tl.constexpr,  # M
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,  # SwiGLU: the first half of weights makes gates
-    ADDS: tl.constexpr,  # to what outputs hold
     WHOLE: tl.constexpr,  # inner is a multiple of TILE_K
-    TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """outputs = inputs @ weights.T, with what comes before and after."""
+    """outputs = inputs @ weights.T for a few tokens, by the processor's ordinary units: they wait for memory anyway."""
     columns = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    tokens = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
-    is_token, is_column = tokens < count, columns < width
-    dtype = weights.dtype.element_ty
-    source = inputs + tokens[:, None].to(tl.int64) * inner
-    matrix = weights + columns[None, :].to(tl.int64) * inner
-    found = tl.zeros([TILE_M, TILE_N], tl.float32)
-    other = tl.zeros([TILE_M, TILE_N], tl.float32)
-    squares = tl.zeros([TILE_M], tl.float32)
+    is_column = columns < width
+    matrix = weights + columns[:, None].to(tl.int64) * inner
+    found = ()
+    gates = ()
+    for _ in tl.static_range(COUNT):
+        found += (tl.zeros([TILE_N, TILE_K], tl.float32),)
+        if GATED:
+            gates += (tl.zeros([TILE_N, TILE_K], tl.float32),)
     for begin in tl.range(0, inner, TILE_K, num_stages=STAGES):
         places = begin + tl.arange(0, TILE_K)
-        here = is_token[:, None]
-        there = is_column[None, :]
-        if not WHOLE:
-            here = here & (places < inner)[None, :]
-            there = there & (places < inner)[:, None]
-        x = tl.load(source + places[None, :], here, 0.0)
-        if HAS_NORM:
-            squares += tl.sum(x * x, 1)
-            x = x * tl.load(norm + places, places < inner, 0.0)[None, :].to(tl.float32)
-        x = x.to(dtype)
-        found = tl.dot(x, tl.load(matrix + places[:, None], there, 0.0), found, input_precision="ieee")
+        inside = places < inner
+        there = is_column[:, None] if WHOLE else is_column[:, None] & inside[None, :]
+        row = tl.load(matrix + places[None, :], there, 0.0).to(tl.float32)
         if GATED:
-            second = tl.load(matrix + places[:, None] + width.to(tl.int64) * inner, there, 0.0)
-            other = tl.dot(x, second, other, input_precision="ieee")
-    if HAS_NORM:
-        scale = tl.rsqrt(squares / inner + epsilon)[:, None]
-        found, other = found * scale, other * scale
-    if HAS_BIAS:
-        found += tl.load(bias + columns, is_column, 0.0)[None, :].to(tl.float32)
+            gate = row
+            row = tl.load(matrix + width.to(tl.int64) * inner + places[None, :], there, 0.0).to(tl.float32)
+        sums = ()
+        gate_sums = ()
+        for token in tl.static_range(COUNT):
+            x = tl.load(inputs + token * inner + places, inside, 0.0).to(tl.float32)[None, :]
+            sums += (found[token] + row * x,)
+            if GATED:
+                gate_sums += (gates[token] + gate * x,)
+        found = sums
+        gates = gate_sums
+    for token in tl.static_range(COUNT):
+        result = tl.sum(found[token], 1)
+        if HAS_BIAS:
+            result += tl.load(bias + (width if GATED else 0) + columns, is_column, 0.0).to(tl.float32)
         if GATED:
-            other += tl.load(bias + width + columns, is_column, 0.0)[None, :].to(tl.float32)
-    if GATED:
-        found = found / (1 + tl.exp(-found)) * other
-    target = outputs + tokens[:, None].to(tl.int64) * width + columns[None, :]
-    cells = is_token[:, None] & is_column[None, :]
-    if ADDS:
-        found += tl.load(target, cells, 0.0)
-    tl.store(target, found.to(outputs.dtype.element_ty), cells)
+            gate = tl.sum(gates[token], 1)
+            if HAS_BIAS:
+                gate += tl.load(bias + columns, is_column, 0.0).to(tl.float32)
+            result *= gate / (1 + tl.exp(-gate))
+        tl.store(outputs + token * width + columns, result.to(outputs.dtype.element_ty), is_column)
+
+
+@triton.jit
+def swiglu(
+    inputs,  # [M, 2 * width]: gates, and what they let through
+    outputs,  # [M, width]
+    width,
+    TILE: tl.constexpr,
+):
+    """The activation of a feed-forward layer whose product was made elsewhere."""
+    places = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = places < width
+    row = tl.program_id(0).to(tl.int64)
+    gate = tl.load(inputs + row * 2 * width + places, inside, 0.0).to(tl.float32)
+    up = tl.load(inputs + (row * 2 + 1) * width + places, inside, 0.0).to(tl.float32)
+    tl.store(outputs + row * width + places, (gate / (1 + tl.exp(-gate)) * up).to(outputs.dtype.element_ty), inside)
 
 
 @triton.jit
