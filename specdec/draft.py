@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -36,8 +36,7 @@ class Draft:
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> Draft:
         """No proposal for any row: the step becomes plain decoding."""
-        zeros = torch.zeros(rows, 0, dtype=torch.long, device=device)
-        return cls(zeros, torch.zeros(rows, dtype=torch.long, device=device))
+        return cls(*_nothing(rows, device))
 
     @classmethod
     def certain(cls, tokens: list[list[int]], device: torch.device) -> Draft:
@@ -94,3 +93,9 @@ class Foresight(Protocol):
 
         ``price``: how many accepted tokens the time is worth that a model takes to draft one.
         """
+
+
+@lru_cache(maxsize=256)
+def _nothing(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens [B, 0] and lengths [B] of no proposal; kept, because a GPU has to be asked for either."""
+    return torch.zeros(rows, 0, dtype=torch.long, device=device), torch.zeros(rows, dtype=torch.long, device=device)

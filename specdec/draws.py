@@ -44,37 +44,25 @@ class _Drafting(Structure):
 
 
 class Drawing:
-    """How a compiled draft model draws what it goes on with: of the softmax of its logits / temperature, row by row.
+    """How a draft model draws what it goes on with: of the softmax of its logits / temperature, row by row.
 
-    temperatures, seeds and starts [B]; it writes the laws into ``laws`` [B, K, V]. ``function`` and ``asked`` are
-    addresses of a ``Choose`` of nn/cpu.c and of what it wants to know.
+    temperatures (float32), seeds and starts [B]; it writes the laws into ``laws`` [B, K, V]. ``coupled``: with the noise
+    of the target's draws. On a processor ``function`` and ``asked`` are addresses of a ``Choose`` of nn/cpu.c and of what
+    it wants to know; None elsewhere.
     """
 
     def __init__(
-        self,
-        function: int,
-        temperatures: Sequence[float],
-        seeds: Tensor,
-        starts: Tensor,
-        laws: Tensor,
-        *,
-        coupled: bool,
+        self, temperatures: Sequence[float], seeds: Tensor, starts: Tensor, laws: Tensor, *, coupled: bool
     ) -> None:
-        self.function, self.laws = function, laws
-        self._kept = torch.tensor(temperatures, dtype=torch.float32), seeds.contiguous(), starts.contiguous(), laws
-        self._described = _Drafting(laws.shape[1], coupled, *(part.data_ptr() for part in self._kept))
-        self.asked = ctypes.addressof(self._described)
-
-
-def drawing(
-    temperatures: Sequence[float], seeds: Tensor, starts: Tensor, laws: Tensor, *, coupled: bool
-) -> Drawing | None:
-    """A ``Drawing``; None where torch must draw."""
-    if not seeds.is_cpu or (compiled := library()) is None:
-        return None
-    function = ctypes.cast(compiled.choose_drawn, c_void_p).value
-    assert function is not None
-    return Drawing(function, temperatures, seeds, starts, laws, coupled=coupled)
+        self.temperatures = torch.tensor(temperatures, dtype=torch.float32).to(seeds.device, non_blocking=True)
+        self.seeds, self.starts, self.laws, self.coupled = seeds.contiguous(), starts.contiguous(), laws, coupled
+        self.function: int | None = None
+        self.asked: int | None = None
+        if seeds.is_cpu and (compiled := library()) is not None:
+            given = self.temperatures, self.seeds, self.starts, laws
+            self._described = _Drafting(laws.shape[1], coupled, *(part.data_ptr() for part in given))
+            self.function = ctypes.cast(compiled.choose_drawn, c_void_p).value
+            self.asked = ctypes.addressof(self._described)
 
 
 def uniforms(seeds: Tensor, starts: Tensor, count: int) -> Tensor | None:

@@ -23,13 +23,13 @@ from specdec.costs import Costs, read_costs, write_costs
 from specdec.draft import Draft, Drafter
 from specdec.encoded import encoded_requests
 from specdec.errors import ConfigError, GenerationError, SpecDecError
+from specdec.graphs import Graphs
+from specdec.judge import judge, judge_tree
 from specdec.lm.base import CachedLM
 from specdec.requests import Limits, Prompts, Settings, build_requests
-from specdec.sampling import is_law
 from specdec.sequences import Request, Row, Sequences, Step
 from specdec.stats import Stats
 from specdec.text import TextStream, decode
-from specdec.verify import Verdict
 
 _KINDS = ("greedy", "sampled")
 _WRITE_SECONDS = 30.0  # at least between two writings of measured costs
@@ -82,6 +82,7 @@ class Engine:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.limits = Limits(vocab_size or target.vocab_size, target.context, eos_ids)
         self.busy = False
+        self.graphs = Graphs(target.device)
         self._costs_file, self._costs_written = costs_file, 0.0
         self._controllers: dict[str, Adaptive] = {}
 
@@ -166,8 +167,8 @@ class Call:
     ) -> None:
         self.engine, self.requests, self.settings = engine, requests, settings
         self.target, self.drafter = engine.target, engine.drafter
-        self.greedy = all(request.greedy for request in requests if isinstance(request, Request))
-        self.controller = engine.controller(settings.num_draft_tokens, greedy=self.greedy)
+        greedy = all(request.greedy for request in requests if isinstance(request, Request))
+        self.controller = engine.controller(settings.num_draft_tokens, greedy=greedy)
         self.rule = verify.RULES[settings.rule_name]
         self.stats = Stats()
         self.controller.decisions = self.stats.control
@@ -220,12 +221,13 @@ class Call:
         sequences.begin_step()
         watch, in_model = Stopwatch(), _model_seconds(drafter)
         draft, proposing = self._propose()
-        tokens = torch.cat([sequences.last_tokens, draft.tokens], dim=1)
+        is_plain = draft.tokens.shape[1] == 0
+        tokens = sequences.last_tokens if is_plain else torch.cat([sequences.last_tokens, draft.tokens], dim=1)
         # Elsewhere asking for the lengths would be one more synchronisation; padding is then read as well.
         counts = (draft.lengths + 1).tolist() if draft.lengths.is_cpu else None
         logits = sequences.fit(self.target.append(tokens, counts, parents=tree.nodes_of(draft)))
         if draft.parents is None:
-            verdict, is_sound = self._judge(logits, draft)
+            verdict, is_sound = judge(sequences, self.rule, logits, draft, self.engine.graphs)
             step = sequences.commit(logits, is_sound, draft, verdict)
             self.target.keep([1 + accepted for accepted in step.accepted])
         else:
@@ -243,24 +245,10 @@ class Call:
         self.controller.observe(step, drafting, watch.lap() - drafting)
         return step
 
-    def _judge(self, logits: Tensor, draft: Draft) -> tuple[Verdict, Tensor]:
-        """How much of the draft survives, and which rows' laws are sound, [B]."""
-        if self.greedy:  # laws of large vocabularies are large, and one-hot ones say no more than their tokens
-            largest = self.sequences.largest(logits, draft)
-            return verify.greedy(largest.clamp(min=0), draft), (largest >= 0).all(-1)
-        laws = self.sequences.laws(logits, draft)
-        return self.rule(laws, draft, self.sequences.randomness), is_law(laws).all(-1)
-
     def _commit_tree(self, logits: Tensor, draft: Draft) -> Step:
-        """What ``_judge``, commit and keep are for a chain; logits [B, K + 1, V] by node."""
-        sequences, nodes = self.sequences, tree.Tree.of(draft.parents or [], logits.device)
-        if self.greedy:
-            largest = sequences.largest(logits, draft)
-            path, is_sound = tree.follow(largest.clamp(min=0), nodes, draft), (largest >= 0).all(-1)
-        else:
-            laws = sequences.laws(logits, draft)
-            rule = tree.coupled if sequences.coupled else tree.rejection
-            path, is_sound = rule(laws, nodes, draft, sequences.randomness), is_law(laws).all(-1)
+        """What ``judge``, commit and keep are for a chain; logits [B, K + 1, V] by node."""
+        sequences = self.sequences
+        path, nodes, is_sound = judge_tree(sequences, logits, draft)
         followed, chain, verdict = tree.along(path, logits, draft)
         step = sequences.commit(followed, is_sound, chain, verdict)
         places = [own[:count] for own, count in zip(path.places.tolist(), step.accepted, strict=True)]

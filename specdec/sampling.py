@@ -99,6 +99,9 @@ def _require(condition: bool, name: str, allowed: str, value: object) -> None:
 GREEDY = SamplingParams()
 
 
+_OURS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+
+
 @lru_cache(maxsize=256)
 def warpers(params: SamplingParams) -> LogitsProcessorList:
     """The filters that read logits alone, in Hugging Face's order: temperature, top-k, top-p, min-p."""
@@ -120,6 +123,11 @@ class Filters:
 
     greedy: bool
     warpers: LogitsProcessorList
+
+    @cached_property
+    def never_waits(self) -> bool:
+        """Whether a GPU can go through ``warpers`` by itself; of a stranger's nobody knows."""
+        return all(type(warper) in _OURS for warper in self.warpers)
 
     @cached_property
     def temperature(self) -> float | None:
@@ -187,6 +195,15 @@ def same_filters(rules: Sequence[Filters]) -> dict[Filters, list[int]]:
     for row, by in enumerate(rules):
         groups.setdefault(by, []).append(row)
     return groups
+
+
+def largest(scores: Tensor) -> Tensor:
+    """The tokens [B, T] that greedy laws of scores [B, T, V] give; -1 where no token can be drawn."""
+    found = draws.largest(scores)
+    if found is not None:
+        return found
+    peaks, tokens = scores.max(-1)
+    return torch.where(peaks.isfinite(), tokens, -1)
 
 
 def is_law(probs: Tensor) -> Tensor:

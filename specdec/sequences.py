@@ -157,8 +157,8 @@ class Sequences:
         columns = zip(*((row.tokens[-1], row.request.seed, len(row.tokens)) for row in self.rows), strict=True)
         last_tokens, seeds, starts = torch.tensor(list(columns), dtype=torch.long).to(self.device, non_blocking=True).unbind()
         self.last_tokens = last_tokens.unsqueeze(1)
-        self._groups = same_filters([row.filters for row in self.rows])
-        self.greedy = all(by.greedy for by in self._groups)
+        self.filters = same_filters([row.filters for row in self.rows])
+        self.greedy = all(by.greedy for by in self.filters)
         self.randomness = Randomness(seeds, starts, coupled=self.coupled, constant=self.greedy)
         self._reads_prefix = [b for b, row in enumerate(self.rows) if row.processors]
 
@@ -194,24 +194,11 @@ class Sequences:
         missing = self.vocab_size - logits.shape[-1]
         return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
 
-    def laws(self, logits: Tensor, draft: Draft) -> Tensor:
-        """Each row's laws, float32 [B, K+1, V], of logits [B, K+1, V]; NaN where no token can be drawn.
+    def process(self, logits: Tensor, draft: Draft) -> Tensor:
+        """Scores [B, K+1, V]: logits after the processors that read the text; kept where they are asked for.
 
         Position t follows the row's text and its first t draft tokens; processors see exactly that prefix.
         """
-        return laws(self._process(logits, draft), self._groups)
-
-    def largest(self, logits: Tensor, draft: Draft) -> Tensor:
-        """The tokens [B, K+1] that greedy laws of logits [B, K+1, V] give; -1 where no token can be drawn."""
-        processed = self._process(logits, draft)
-        found = draws.largest(processed)
-        if found is not None:
-            return found
-        peaks, tokens = processed.max(-1)
-        return torch.where(peaks.isfinite(), tokens, -1)
-
-    def _process(self, logits: Tensor, draft: Draft) -> Tensor:
-        """Logits [B, K+1, V] after the processors that read the text; kept where they are asked for."""
         if self._reads_prefix:
             logits = logits.clone()
             counts = draft.lengths.tolist()
@@ -228,14 +215,14 @@ class Sequences:
         for b in self._reads_prefix:
             row = self.rows[b]
             logits[b, 0] = row.processors.draft(row.new_tokens, drafted[b], logits[b, 0])
-        return laws(logits, self._groups)
+        return laws(logits, self.filters)
 
     def drawing(self, laws: Tensor) -> draws.Drawing | None:
-        """How a compiled drafter draws tokens and fills their ``laws`` [B, K, V]; None where it takes more than that."""
+        """How a drafter draws tokens at once and fills their ``laws`` [B, K, V]; None where it takes more than that."""
         temperatures = [found for row in self.rows if (found := row.filters.temperature) is not None]
         if self._reads_prefix or len(temperatures) < len(self.rows):
             return None
-        return draws.drawing(temperatures, self.randomness.seeds, self.randomness.starts, laws, coupled=self.coupled)
+        return draws.Drawing(temperatures, self.randomness.seeds, self.randomness.starts, laws, coupled=self.coupled)
 
     def commit(self, logits: Tensor, is_sound: Tensor, draft: Draft, verdict: Verdict) -> Step:
         """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation.

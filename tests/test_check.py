@@ -101,12 +101,12 @@ def test_likeliest_tokens_passed_off_as_drawn_fail() -> None:
 
 
 def test_swapped_rows_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Sequences.laws
+    right = Sequences.process
 
     def swapped(self: Sequences, logits: Tensor, draft: Draft) -> Tensor:
         return right(self, logits, draft).roll(1, 0)
 
-    monkeypatch.setattr(Sequences, "laws", swapped)
+    monkeypatch.setattr(Sequences, "process", swapped)
     assert lawful()[1:] == [False] * 2  # neighbours of one prompt have the same first law
     assert not seeded_texts(subject(), PROMPTS).passed
 

@@ -16,15 +16,15 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # Lowest first. A module may import those of lower layers and of its own; a package stands for all its modules.
 LAYERS = [
-    ["errors", "machine", "limit", "compiled"],
+    ["errors", "machine", "limit", "compiled", "graphs"],
     ["draws"],
     ["sampling"],
     ["processors"],
     ["draft"],
-    ["verify", "stats", "tree", "lm.features", "lm.cache", "lm.base", "nn", "text", "costs", "experience", "plans"],
+    ["verify", "stats", "tree", "lm.features", "lm.cache", "lm.clock", "lm.base", "nn", "text", "costs", "experience", "plans"],
     ["lm"],
     ["sequences", "scoring"],
-    ["control"],
+    ["control", "judge"],
     ["drafters", "requests", "training"],
     ["encoded", "admission"],
     ["engine"],

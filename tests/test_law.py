@@ -240,12 +240,12 @@ def test_the_test_notices_a_drafter_that_misreports_its_law(wrong: str, rule: st
 @every_rule
 def test_the_test_notices_swapped_rows(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row is verified with the target's laws of its neighbour."""  # CASES 17
-    right = Sequences.laws
+    right = Sequences.process
 
     def swapped(self: Sequences, logits: Tensor, draft: Draft) -> Tensor:
         return right(self, logits, draft).roll(1, 0)
 
-    monkeypatch.setattr(Sequences, "laws", swapped)
+    monkeypatch.setattr(Sequences, "process", swapped)
     output = sample(DRAFTERS["model"](), ONE, FEW, rule=rule, num_draft_tokens=3)
     assert alarm(output, ONE, FEW) < ALPHA
 

@@ -14,18 +14,19 @@ class Clock:
     """Counts the time of the blocks that run under ``timed``, on ``device``."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
         self._device = device
         self._seconds = 0.0
         self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._free: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @property
     def seconds(self) -> float:
         """All of them so far; waits for what the GPU has not finished."""
         while self._open:
-            started, ended = self._open.popleft()
-            ended.synchronize()
-            self._seconds += started.elapsed_time(ended) / 1000
+            pair = self._open.popleft()
+            pair[1].synchronize()
+            self._seconds += pair[0].elapsed_time(pair[1]) / 1000
+            self._free.append(pair)
         return self._seconds
 
     def add(self, seconds: float) -> None:
@@ -35,15 +36,14 @@ class Clock:
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Count what happens in this block."""
-        if self._on_gpu:
-            with torch.cuda.device(self._device):
-                started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                started.record()
-                yield
-                ended.record()
-            self._open.append((started, ended))
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
+            pair = self._free.pop() if self._free else tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+            pair[0].record(stream)
+            yield
+            pair[1].record(stream)
+            self._open.append((pair[0], pair[1]))
         else:
             begun = time.perf_counter()
             yield
             self._seconds += time.perf_counter() - begun
-

@@ -99,7 +99,7 @@ class CpuLM(PagedLM):
     @torch.inference_mode()
     def draw(self, tokens: Tensor, counts: Sequence[int], drawing: Drawing) -> tuple[Tensor, Tensor | None] | None:
         _, count, choices = drawing.laws.shape
-        if choices > self.vocab_size:
+        if choices > self.vocab_size or drawing.function is None:
             return None
         found = self._chain(tokens, counts, count, choices, drawing.function, drawing.asked)
         if found is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specdec.draws import Drawing
+from specdec.graphs import Graphs, Results
 from specdec.lm.paged import BLOCK, PagedCache, PagedLM
 from specdec.nn import cuda
 from specdec.nn.cuda import CHUNK, MOST_TOKENS, CudaModel, Pass
 from specdec.nn.gpt import GPT
+from specdec.sampling import Randomness
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of recorded passes: each is recorded for one number of rows
-_MOST_GRAPHS = 256
-
-Results = tuple[Tensor, ...]
 
 
 class CudaLM(PagedLM):
@@ -51,50 +50,67 @@ class CudaLM(PagedLM):
             self._graphs.clear()
 
     def _forward(self, tokens: Tensor, lengths: list[int], first: int, *, needs_logits: bool) -> Tensor:
+        """Logits [B, T, V]; without ``needs_logits`` hidden states instead."""
         rows, width = tokens.shape
-        counts = [width] * rows
         shape = self._shape(rows, width, max(lengths))
-        numbers = self._numbers(shape, lengths, counts, first)
-        taps = self.tapped
-        hidden, *kept = self._graphs.run(
-            ("pass", shape, taps),
-            partial(_read, self.model, shape, taps),
+        numbers = self._numbers(shape, lengths, [width] * rows, first)
+        found, *kept = self._graphs.run(
+            ("pass", shape, self.tapped, needs_logits),
+            partial(_read, self.model, shape, self.tapped, needs_logits),
             shape.fitted(tokens),
             torch.from_numpy(numbers),
             records=shape.is_small,
         )
-        if taps:
+        if self.tapped:
             self._outputs = torch.cat(kept, dim=-1).view(shape.rows, width, -1)[:rows]
-        return hidden.view(shape.rows, width, -1)[:rows]
+        return found.view(shape.rows, width, -1)[:rows]
 
     def _head(self, hidden: Tensor) -> Tensor:
-        logits = self.model.logits(hidden.reshape(-1, hidden.shape[-1]))
-        return logits.view(*hidden.shape[:-1], -1)
+        return hidden
 
     @torch.inference_mode()
     def guess(self, tokens: Tensor, counts: Sequence[int], count: int, choices: int) -> Tensor:
+        found = self._chain(tokens, counts, Chain(count, choices))
+        return super().guess(tokens, counts, count, choices) if found is None else found[0].clone()
+
+    @torch.inference_mode()
+    def draw(self, tokens: Tensor, counts: Sequence[int], drawing: Drawing) -> tuple[Tensor, Tensor | None] | None:
+        _, count, choices = drawing.laws.shape
+        if choices > self.vocab_size:
+            return None
+        given = drawing.temperatures, drawing.seeds, drawing.starts
+        found = self._chain(tokens, counts, Chain(count, choices, True, drawing.coupled), *given)
+        if found is None:
+            return None
+        drawing.laws.copy_(found[1])
+        return found[0], None
+
+    def _chain(self, tokens: Tensor, counts: Sequence[int], chain: Chain, *given: Tensor) -> Results | None:
+        """Tokens [B, count] of a chain, and their laws if they are drawn; None where it is not worth being recorded."""
         rows, width = tokens.shape
         lengths = [length + more for length, more in zip(self.lengths[:rows], self._pending, strict=False)]
-        shape = self._shape(rows, width, max(lengths) + count - 1)
-        if not shape.is_small:
-            return super().guess(tokens, counts, count, choices)
         self._is_tree = False
+        shape = self._shape(rows, width, max(lengths) + chain.count - 1)
+        if not shape.is_small:
+            return None
         with self.clock.timed():
-            numbers = self._numbers(shape, lengths, [max(width, more + count - 1) for more in counts], 0, counts)
-            (chosen,) = self._graphs.run(
-                ("guess", shape, count, choices),
-                partial(_guess, self.model, shape, count, choices),
+            room = [max(width, more + chain.count - 1) for more in counts]
+            numbers = self._numbers(shape, lengths, room, 0, counts)
+            found = self._graphs.run(
+                ("chain", shape, chain),
+                partial(_go_on, self.model, shape, chain),
                 shape.fitted(tokens),
                 torch.from_numpy(numbers),
+                *map(shape.fitted, given),
             )
-        self._read(rows, 0, [more + count - 1 for more in counts], 0)
-        return chosen[:rows].clone()
+        self._read(rows, 0, [more + chain.count - 1 for more in counts], 0)
+        return tuple(part[:rows] for part in found)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.embedding(tokens, self.model.embedding)
 
     def project(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden)
+        return self.model.logits(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
 
     def _gather(self, slot: int, places: Sequence[int]) -> None:
         blocks = [block.view(-1, BLOCK, self.model.head_dim) for block in self.cache.rows[slot]]
@@ -127,30 +143,27 @@ class CudaLM(PagedLM):
         numbers = np.zeros(shape.size, dtype=np.int64)
         given = shape.parts(numbers)
         given.lengths[:rows] = lengths
-        given.places[:] = given.positions[:] = given.lengths[:, None] + np.arange(shape.width)
         given.committed[:rows] = self.lengths[first : first + rows]
         given.counts[:rows] = shape.width if counts is None else counts
         known = min(given.blocks.shape[1], self.cache.addresses.shape[1])
         given.blocks[:rows, :known] = self.cache.addresses[first : first + rows, :known].view(np.int64)
         given.blocks[rows:, 0] = self._spare.data_ptr()
-        for b, tree in enumerate(self._trees(first, rows) or ()):
-            begin = lengths[b] - tree[0]
-            here = slice(0, len(tree[1]) - begin)
-            given.positions[b, here] = tree[0] + np.array(tree[1].depths[begin:])
-            given.seen[b, here] = np.array(tree[1].seen[begin:], dtype=np.uint64).view(np.int64)
+        for b, (committed, tree) in enumerate(self._trees(first, rows) or ()):
+            here = slice(lengths[b] - committed, len(tree))
+            given.depths[b, : len(tree) - here.start] = tree.depths[here]
+            given.seen[b, : len(tree) - here.start] = np.array(tree.seen[here], dtype=np.uint64).view(np.int64)
         return numbers
 
 
 class Numbers(NamedTuple):
     """Parts of what a pass is told, numpy's or torch's: as in ``nn.cuda.Pass``, and real tokens of each row [B]."""
 
-    places: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    seen: NDArray[np.int64]
     lengths: NDArray[np.int64]
     committed: NDArray[np.int64]
     counts: NDArray[np.int64]
     blocks: NDArray[np.int64]
+    depths: NDArray[np.int64]
+    seen: NDArray[np.int64]
 
 
 class Shape(NamedTuple):
@@ -169,101 +182,63 @@ class Shape(NamedTuple):
     @property
     def size(self) -> int:
         """How many ``Numbers`` there are."""
-        return self.rows * (3 * self.width + 3 + self.longest // BLOCK)
+        return self.rows * (3 + self.longest // BLOCK + (2 * self.width if self.is_tree else 0))
 
     def parts(self, numbers: NDArray[np.int64] | Tensor) -> Numbers:
         """Views of ``numbers`` [size]."""
-        table = self.rows, self.width
-        sizes = [table, table, table, (self.rows,), (self.rows,), (self.rows,), (self.rows, self.longest // BLOCK)]
+        rows, blocks, nodes = self.rows, self.longest // BLOCK, self.width if self.is_tree else 0
         found, begin = [], 0
-        for size in sizes:
-            end = begin + int(np.prod(size))
-            found.append(numbers[begin:end].reshape(size))
+        for size in (1, 1, 1, blocks, nodes, nodes):
+            end = begin + rows * size
+            found.append(numbers[begin:end])
             begin = end
-        return Numbers(*found)
+        return Numbers(*found[:3], *(part.reshape(rows, len(part) // rows) for part in found[3:]))
 
-    def fitted(self, tokens: Tensor) -> Tensor:
-        """tokens [b, T] as [B, T]."""
-        missing = self.rows - len(tokens)
-        return torch.nn.functional.pad(tokens, (0, 0, 0, missing)) if missing else tokens
+    def fitted(self, given: Tensor) -> Tensor:
+        """given [b, ...] as [B, ...]."""
+        missing = self.rows - len(given)
+        return torch.cat([given, given[:1].expand(missing, *given.shape[1:])]) if missing else given
 
     def described(self, ids: Tensor, given: Numbers) -> Pass:
         """The pass over ``ids`` with what it is told, on the model's device."""
-        seen = given.seen if self.is_tree else None
-        fixed = given.places, given.positions, given.lengths, given.committed, given.blocks
-        return Pass(ids, *fixed, self.longest, seen)
+        tree = (given.depths, given.seen) if self.is_tree else (None, None)
+        return Pass(ids, given.lengths, given.committed, given.blocks, self.longest, *tree)
 
 
-def _read(model: CudaModel, shape: Shape, taps: tuple[int, ...], ids: Tensor, numbers: Tensor) -> Results:
-    """Hidden states [B * T, hidden], and outputs of tapped layers."""
+class Chain(NamedTuple):
+    """``count`` tokens, one after another, of the first ``choices`` ids: the likeliest, or drawn (see ``Drawing``)."""
+
+    count: int
+    choices: int
+    drawn: bool = False
+    coupled: bool = False
+
+
+def _read(
+    model: CudaModel, shape: Shape, taps: tuple[int, ...], needs_logits: bool, ids: Tensor, numbers: Tensor
+) -> Results:
+    """Logits [B * T, V] or hidden states, and outputs of tapped layers."""
     hidden, kept = model.forward(shape.described(ids, shape.parts(numbers)), taps)
-    return hidden, *kept
+    return model.logits(hidden) if needs_logits else hidden, *kept
 
 
-def _guess(model: CudaModel, shape: Shape, count: int, choices: int, ids: Tensor, numbers: Tensor) -> Results:
-    """See ``CachedLM.guess``; [B, count]."""
-    given = shape.parts(numbers)
-    hidden, _ = model.forward(shape.described(ids, given))
+def _go_on(model: CudaModel, shape: Shape, chain: Chain, ids: Tensor, numbers: Tensor, *given: Tensor) -> Results:
+    """The tokens [B, count] of ``chain`` after ``ids``, and their laws if they are drawn."""
+    told = shape.parts(numbers)
+    hidden, _ = model.forward(shape.described(ids, told))
     rows = torch.arange(shape.rows, device=ids.device)
-    hidden = hidden.view(shape.rows, shape.width, -1)[rows, given.counts - 1]
-    chosen = [model.logits(hidden)[:, :choices].argmax(-1, keepdim=True)]
-    lengths = given.lengths + given.counts
-    single = shape._replace(width=1)
-    for _ in range(count - 1):
-        places = lengths.unsqueeze(1)
-        told = given._replace(places=places, positions=places, lengths=lengths, committed=lengths)
-        hidden, _ = model.forward(single.described(chosen[-1], told))
-        chosen.append(model.logits(hidden)[:, :choices].argmax(-1, keepdim=True))
-        lengths = lengths + 1
-    return (torch.cat(chosen, dim=1),)
-
-
-class _Recorded(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    inputs: Results
-    results: Results
-
-
-class Graphs:
-    """Functions of tensors on a GPU, recorded when they are asked for again: then one call starts all their kernels.
-
-    What ``run`` returns is valid until the same function runs again.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._records = device, device.type == "cuda"
-        self._asked: set[object] = set()
-        self._recorded: OrderedDict[object, _Recorded] = OrderedDict()  # the latest used last
-        self._pool = torch.cuda.graph_pool_handle() if self._records else None
-
-    def clear(self) -> None:
-        """Something has moved that recorded kernels read."""
-        self._recorded.clear()
-
-    def run(self, key: object, function: Callable[..., Results], *inputs: Tensor, records: bool = True) -> Results:
-        """What ``function`` makes of ``inputs``; ``key`` names it and their shapes. It has no other inputs that move."""
-        if not self._records:
-            return function(*inputs)
-        with torch.cuda.device(self._device):
-            known = self._recorded.get(key)
-            if known is not None:
-                self._recorded.move_to_end(key)
-                for kept, given in zip(known.inputs, inputs, strict=True):
-                    kept.copy_(given, non_blocking=True)
-                known.graph.replay()
-                return known.results
-            placed = [given.to(self._device, non_blocking=True) for given in inputs]
-            results = function(*placed)
-            if records and key in self._asked:  # its kernels are compiled by now
-                self._record(key, function, placed)
-            self._asked.add(key)
-            return results
-
-    def _record(self, key: object, function: Callable[..., Results], inputs: list[Tensor]) -> None:
-        kept = tuple(given.clone() for given in inputs)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            results = function(*kept)
-        self._recorded[key] = _Recorded(graph, kept, results)
-        while len(self._recorded) > _MOST_GRAPHS:
-            self._recorded.popitem(last=False)
+    hidden = hidden.view(shape.rows, shape.width, -1)[rows, told.counts - 1]
+    single, lengths = shape._replace(width=1), told.lengths + told.counts
+    drawn = Randomness(given[1], given[2], coupled=chain.coupled) if chain.drawn else None
+    chosen, laws = [], []
+    for place in range(chain.count):
+        if place > 0:
+            hidden, _ = model.forward(single.described(chosen[-1], told._replace(lengths=lengths, committed=lengths)))
+            lengths = lengths + 1
+        logits = model.logits(hidden)[:, : chain.choices]
+        if drawn is None:
+            chosen.append(logits.argmax(-1, keepdim=True))
+        else:
+            laws.append((logits / given[0].unsqueeze(1)).softmax(-1).unsqueeze(1))
+            chosen.append(drawn.draft(place, laws[-1]))
+    return torch.cat(chosen, dim=1), *([torch.cat(laws, dim=1)] if laws else [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,11 +12,10 @@ from torch.nn import functional
 from specdec.nn import kernels
 from specdec.nn.gpt import GPT
 
-FEW = 8  # tokens whose products are ours; with more, torch's are as fast
+FEW = 64  # tokens whose products are ours; with more, arithmetic counts, and torch's are better at it
 MOST_TOKENS = 256  # of a decoding pass; larger ones read prompts
 CHUNK = 256  # tokens of the cache that one program of a decoding pass looks at
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_TILE_N, _TILE_K, _STAGES, _WARPS = 4, 512, 3, 4  # of a product; one for all, so that sums have one order
 
 
 class Weights(NamedTuple):
@@ -45,21 +43,20 @@ class Layer(NamedTuple):
     down: Weights
 
 
-@dataclass
-class Pass:
-    """What a pass over B rows of T tokens reads; tensors on the model's device.
+class Pass(NamedTuple):
+    """What a pass over B rows of T tokens reads; int64 tensors on the model's device.
 
-    ids, places, positions and seen [B, T] int64: see ``lm.cpu.Tokens``; lengths and committed [B]: tokens in the cache,
-    and how many of them are no tree. blocks [B, n]: addresses of the rows' blocks. longest: an upper bound of places.
+    ids [B, T]; lengths and committed [B]: tokens in the cache, and how many of them are no tree. blocks [B, n]:
+    addresses of the rows' blocks. longest: an upper bound of a row's tokens. Of trees, depths and seen [B, T]: how many
+    nodes are above a token's, and which of the row's uncommitted tokens it looks at, a bit for each.
     """
 
     ids: Tensor
-    places: Tensor
-    positions: Tensor
     lengths: Tensor
     committed: Tensor
     blocks: Tensor
     longest: int
+    depths: Tensor | None = None
     seen: Tensor | None = None
 
 
@@ -123,8 +120,8 @@ class CudaModel:
         queries = torch.empty(rows * width, self.heads * self.head_dim, dtype=self.dtype, device=self.device)
         stride = read.blocks.stride(0)
         kernels.turn[rows * width, self.heads + 2 * self.groups](
-            heads, layer.query_norm, layer.key_norm, self.cosines, self.sines, read.positions, read.places, read.blocks,
-            stride, queries, width, number, self.epsilon,
+            heads, layer.query_norm, layer.key_norm, self.cosines, self.sines, read.lengths, read.committed, read.depths,
+            read.blocks, stride, queries, width, number, self.epsilon, TREE=read.depths is not None,
             HAS_NORM=layer.query_norm is not None, HALF=triton.next_power_of_2(self.head_dim // 2), **shape,
         )  # fmt: skip
         mixed = torch.empty_like(queries)
@@ -154,11 +151,12 @@ class CudaModel:
             found = functional.linear(inputs, weights.matrix, weights.bias)
             return self._gated(found) if gated else found.to(dtype or self.dtype)
         outputs = torch.empty(count, width, dtype=dtype or self.dtype, device=self.device)
-        columns = _TILE_N // (2 if gated else 1)
-        kernels.multiply[-(-width // columns),](
-            inputs, weights.matrix, weights.bias, outputs, width, inner, COUNT=count,
-            HAS_BIAS=weights.bias is not None, GATED=gated, WHOLE=inner % _TILE_K == 0, TILE_N=columns, TILE_K=_TILE_K,
-            STAGES=_STAGES, num_warps=_WARPS,
+        tile = Tile.of(inner, gated, self.dtype)
+        tokens = 16 if count <= 16 else 32
+        kernels.multiply[-(-width // tile.columns), -(-count // tokens)](
+            inputs, weights.matrix, weights.bias, outputs, count, width, inner, HAS_BIAS=weights.bias is not None,
+            GATED=gated, WHOLE=inner % tile.inner == 0, TILE_M=tokens, TILE_N=tile.columns, TILE_K=tile.inner,
+            STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         return outputs
 
@@ -168,6 +166,21 @@ class CudaModel:
         outputs = torch.empty(count, width, dtype=self.dtype, device=self.device)
         kernels.swiglu[count, -(-width // 1024)](inputs, outputs, width, TILE=1024)
         return outputs
+
+
+class Tile(NamedTuple):
+    """What a program of ``kernels.multiply`` takes at a time; the same for any number of tokens, as its sums must be."""
+
+    columns: int
+    inner: int
+    stages: int
+    warps: int
+
+    @classmethod
+    def of(cls, inner: int, gated: bool, dtype: torch.dtype) -> Tile:
+        """For sums over ``inner`` products."""
+        wide = 256 if dtype.itemsize == 2 else 64
+        return cls(32, min(wide, max(16, triton.next_power_of_2(inner))), 3 if gated else 5, 4)
 
 
 def _layer(block: nn.Module) -> Layer:

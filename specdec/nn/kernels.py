@@ -43,53 +43,44 @@ def multiply(
     weights,  # [width, inner], or [2 * width, inner] if GATED
     bias,  # one per row of weights
     outputs,  # [M, width]
+    count,  # M
     width,
     inner,
-    COUNT: tl.constexpr,  # M
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,  # SwiGLU: the first half of weights makes gates
     WHOLE: tl.constexpr,  # inner is a multiple of TILE_K
+    TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """outputs = inputs @ weights.T for a few tokens, by the processor's ordinary units: they wait for memory anyway."""
+    """outputs = inputs @ weights.T, for so few tokens that reading weights is what takes time."""
     columns = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    is_column = columns < width
-    matrix = weights + columns[:, None].to(tl.int64) * inner
-    found = ()
-    gates = ()
-    for _ in tl.static_range(COUNT):
-        found += (tl.zeros([TILE_N, TILE_K], tl.float32),)
-        if GATED:
-            gates += (tl.zeros([TILE_N, TILE_K], tl.float32),)
+    tokens = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    is_token, is_column = tokens < count, columns < width
+    source = inputs + tokens[:, None].to(tl.int64) * inner
+    matrix = weights + columns[None, :].to(tl.int64) * inner
+    found = tl.zeros([TILE_M, TILE_N], tl.float32)
+    gates = tl.zeros([TILE_M, TILE_N], tl.float32)
     for begin in tl.range(0, inner, TILE_K, num_stages=STAGES):
         places = begin + tl.arange(0, TILE_K)
         inside = places < inner
-        there = is_column[:, None] if WHOLE else is_column[:, None] & inside[None, :]
-        row = tl.load(matrix + places[None, :], there, 0.0).to(tl.float32)
+        here = is_token[:, None] if WHOLE else is_token[:, None] & inside[None, :]
+        there = is_column[None, :] if WHOLE else is_column[None, :] & inside[:, None]
+        x = tl.load(source + places[None, :], here, 0.0)
+        part = tl.load(matrix + places[:, None], there, 0.0)
         if GATED:
-            gate = row
-            row = tl.load(matrix + width.to(tl.int64) * inner + places[None, :], there, 0.0).to(tl.float32)
-        sums = ()
-        gate_sums = ()
-        for token in tl.static_range(COUNT):
-            x = tl.load(inputs + token * inner + places, inside, 0.0).to(tl.float32)[None, :]
-            sums += (found[token] + row * x,)
-            if GATED:
-                gate_sums += (gates[token] + gate * x,)
-        found = sums
-        gates = gate_sums
-    for token in tl.static_range(COUNT):
-        result = tl.sum(found[token], 1)
+            gates = tl.dot(x, part, gates, input_precision="ieee")
+            part = tl.load(matrix + width.to(tl.int64) * inner + places[:, None], there, 0.0)
+        found = tl.dot(x, part, found, input_precision="ieee")
+    if HAS_BIAS:
+        found += tl.load(bias + (width if GATED else 0) + columns, is_column, 0.0)[None, :].to(tl.float32)
+    if GATED:
         if HAS_BIAS:
-            result += tl.load(bias + (width if GATED else 0) + columns, is_column, 0.0).to(tl.float32)
-        if GATED:
-            gate = tl.sum(gates[token], 1)
-            if HAS_BIAS:
-                gate += tl.load(bias + columns, is_column, 0.0).to(tl.float32)
-            result *= gate / (1 + tl.exp(-gate))
-        tl.store(outputs + token * width + columns, result.to(outputs.dtype.element_ty), is_column)
+            gates += tl.load(bias + columns, is_column, 0.0)[None, :].to(tl.float32)
+        found *= gates / (1 + tl.exp(-gates))
+    cells = tokens[:, None].to(tl.int64) * width + columns[None, :]
+    tl.store(outputs + cells, found.to(outputs.dtype.element_ty), is_token[:, None] & is_column[None, :])
 
 
 @triton.jit
@@ -115,14 +106,16 @@ def turn(
     key_norm,  # [D]
     cosines,  # [positions, D / 2], float32
     sines,
-    positions,  # [M]
-    places,  # [M]: where the token goes in its row's cache
+    lengths,  # [B]: tokens in the cache before the pass
+    committed,  # [B]: those of them that are no tree
+    depths,  # [M]: of a tree's nodes
     blocks,  # [B, stride]: addresses of the row's blocks
     stride,
     queries,  # [M, H, D]
     per_row,  # tokens of a row
     layer,
     epsilon,
+    TREE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -132,6 +125,9 @@ def turn(
 ):
     """Rotate queries and keys by their positions (after an RMSNorm in families that have it); store keys and values."""
     token, head = tl.program_id(0), tl.program_id(1)
+    row = token // per_row
+    place = tl.load(lengths + row) + token % per_row  # where it goes in its row's cache
+    position = tl.load(committed + row) + tl.load(depths + token) if TREE else place
     channels = tl.arange(0, HALF)
     real = channels < SIZE // 2
     source = heads + (token.to(tl.int64) * (HEADS + 2 * GROUPS) + head) * SIZE + channels
@@ -147,7 +143,7 @@ def turn(
             key_norm += SIZE // 2
             norm = tl.where(head < HEADS, tl.load(query_norm + channels, real, 0.0), tl.load(key_norm + channels, real, 0.0))
             second = second * scale * norm.to(tl.float32)
-        angle = tl.load(positions + token) * (SIZE // 2) + channels
+        angle = position * (SIZE // 2) + channels
         cosine, sine = tl.load(cosines + angle, real, 0.0), tl.load(sines + angle, real, 0.0)
         turned = first * cosine - second * sine
         second = (second * cosine + first * sine).to(dtype)
@@ -159,8 +155,7 @@ def turn(
     else:
         group = (head - HEADS) % GROUPS
         is_value = (head - HEADS) // GROUPS
-        place = tl.load(places + token)
-        block = tl.load(blocks + token // per_row * stride + place // BLOCK).to(tl.pointer_type(dtype))
+        block = tl.load(blocks + row * stride + place // BLOCK).to(tl.pointer_type(dtype))
         target = block + (((layer * GROUPS + group) * 2 + is_value) * BLOCK + place % BLOCK) * SIZE + channels
         tl.store(target, first, real)
         tl.store(target + SIZE // 2, second, real)
@@ -223,6 +218,7 @@ def attend(
         inside = (start + slots < end)[:, None] & real[None, :]
         cell = slots[:, None] * SIZE + channels[None, :]
         key = tl.load(keys + cell, inside, 0.0)
+        value = tl.load(keys + BLOCK * SIZE + cell, inside, 0.0)  # early, so that both are waited for together
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         at = (start + slots)[None, :]
         if TREE:
@@ -236,7 +232,6 @@ def attend(
         weights = tl.exp(scores - base[:, None])
         fading = tl.exp(best - base)
         total = total * fading + tl.sum(weights, 1)
-        value = tl.load(keys + BLOCK * SIZE + cell, inside, 0.0)
         found = found * fading[:, None] + tl.dot(weights.to(dtype), value, input_precision="ieee")
         best = peak
     if ALONE:

@@ -60,14 +60,16 @@ def texts(*lengths: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("few", [FEW, 4])  # of more tokens torch makes the products
 @torch.inference_mode()
-def test_every_family(name: str) -> None:
+def test_every_family(name: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn_cuda, "FEW", few)
     model = model_of(CONFIGS[name])
     checked = Checked(CudaLM(model), lambda text: logits_of(model, text), tolerance=5e-5)
     checked.reserve(2, 30)
     checked.fill(texts(9, 3))
-    for width in (3, 3, 3, 5):  # the third of a kind is a recorded one, and of many tokens torch makes the products
-        checked.append(torch.tensor(texts(width, width)), [3, 2])
+    for _ in range(3):  # the third of a kind is a recorded one
+        checked.append(torch.tensor(texts(3, 3)), [3, 2])
         checked.keep([2, 1])
 
 
@@ -78,7 +80,7 @@ def test_a_cache_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(CONFIGS["qwen3"])
     checked = Checked(CudaLM(model), lambda text: logits_of(model, text), tolerance=5e-5)
     checked.reserve(3, 4 * BLOCK)
-    checked.fill(texts(2 * BLOCK + 7, BLOCK - 2, 5))
+    checked.fill(texts(BLOCK + 7, BLOCK - 2, 5))
     for _ in range(3):
         checked.append(torch.tensor(texts(3, 3, 3)))
         checked.keep([3, 3, 3])
@@ -125,12 +127,14 @@ def test_logits_do_not_depend_on_what_else_is_read(dtype: torch.dtype) -> None:
         alone.append(lm.append(torch.tensor([[token]], device=DEVICE))[0, 0].clone())
         lm.keep([1])
     lm.free(0)
-    assert 2 * 4 <= FEW  # of many tokens torch makes the products, in an order of its own
-    lm.fill([text[:1], texts(30)[0]])
-    for place in (1, 5, 9):
-        logits = lm.append(torch.tensor([text[place : place + 4], texts(4)[0]], device=DEVICE))
-        assert torch.equal(logits[0], torch.stack(alone[place : place + 4]))
-        lm.keep([4, 1])
+    assert 8 * 4 <= FEW  # of many tokens torch makes the products, in an order of its own
+    for rows in (2, 8):
+        lm.fill([text[:1], *texts(*[30] * (rows - 1))])
+        for place in (1, 5, 9):
+            logits = lm.append(torch.tensor([text[place : place + 4], *texts(*[4] * (rows - 1))], device=DEVICE))
+            assert torch.equal(logits[0], torch.stack(alone[place : place + 4]))
+            lm.keep([4, *[1] * (rows - 1)])
+        lm.free(0)
 
 
 @on_gpu

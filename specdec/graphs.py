@@ -1,0 +1,68 @@
+"""Functions on GPU tensors, recorded as CUDA graphs: one call then starts all their kernels."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MOST_GRAPHS = 256
+
+Results = tuple[Tensor, ...]
+
+
+class _Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: Results
+    results: Results
+
+
+class Graphs:
+    """What was recorded on one device; on a processor functions just run.
+
+    What ``run`` returns is valid until the same function runs again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.records = device, device.type == "cuda"
+        self._asked: set[object] = set()
+        self._recorded: OrderedDict[object, _Recorded] = OrderedDict()  # the latest used last
+        self._pool = torch.cuda.graph_pool_handle() if self.records else None
+
+    def clear(self) -> None:
+        """Something has moved that recorded kernels read."""
+        self._recorded.clear()
+
+    def run(self, key: object, function: Callable[..., Results], *inputs: Tensor, records: bool = True) -> Results:
+        """What ``function`` makes of ``inputs``, recorded when it is asked for again.
+
+        ``key`` names it and the shapes of its inputs; nothing else that it reads may move, and it may not wait.
+        """
+        if not self.records:
+            return function(*inputs)
+        known = self._recorded.get(key)
+        if known is not None:
+            self._recorded.move_to_end(key)
+            for kept, given in zip(known.inputs, inputs, strict=True):
+                kept.copy_(given, non_blocking=True)
+            known.graph.replay()
+            return known.results
+        with torch.cuda.device(self._device):
+            placed = [given.to(self._device, non_blocking=True) for given in inputs]
+            results = function(*placed)
+            if records and key in self._asked:  # its kernels are compiled by now
+                self._record(key, function, placed)
+            self._asked.add(key)
+            return results
+
+    def _record(self, key: object, function: Callable[..., Results], inputs: list[Tensor]) -> None:
+        kept = tuple(given.clone() for given in inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            results = function(*kept)
+        self._recorded[key] = _Recorded(graph, kept, results)
+        while len(self._recorded) > _MOST_GRAPHS:
+            self._recorded.popitem(last=False)

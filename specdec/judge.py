@@ -1,0 +1,69 @@
+"""How much of a draft survives: laws of the target's logits, and the rule over them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from specdec import tree, verify
+from specdec.draft import Draft
+from specdec.graphs import Graphs, Results
+from specdec.sampling import Filters, Randomness, is_law, largest, laws
+from specdec.sequences import Sequences
+from specdec.verify import Rule, Verdict
+
+
+def judge(
+    sequences: Sequences, rule: Rule, logits: Tensor, draft: Draft, graphs: Graphs
+) -> tuple[Verdict, Tensor]:
+    """The verdict over a chain, and which rows' laws are sound [B]; logits [B, K + 1, V]."""
+    scores = sequences.process(logits, draft)
+    if sequences.greedy:  # laws of large vocabularies are large, and one-hot ones say no more than their tokens
+        found = graphs.run(("greedy", scores.shape), _greedy, scores, draft.tokens, draft.lengths)
+    elif graphs.records and all(by.never_waits for by in sequences.filters):
+        key = tuple((by, tuple(rows)) for by, rows in sequences.filters.items())
+        given = [scores, draft.tokens, draft.lengths, sequences.randomness.seeds, sequences.randomness.starts]
+        given += [] if draft.probs is None else [draft.probs]
+        function = partial(_drawn, rule, sequences.filters, sequences.coupled)
+        found = graphs.run((rule, key, sequences.coupled, scores.shape, len(given)), function, *given)
+    else:
+        target_laws = laws(scores, sequences.filters)
+        return rule(target_laws, draft, sequences.randomness), is_law(target_laws).all(-1)
+    return Verdict(found[0], found[1]), found[2]
+
+
+def judge_tree(sequences: Sequences, logits: Tensor, draft: Draft) -> tuple[tree.Path, tree.Tree, Tensor]:
+    """The path that survives, the nodes it leads through, and which rows' laws are sound; logits by node."""
+    nodes = tree.Tree.of(draft.parents or [], logits.device)
+    scores = sequences.process(logits, draft)
+    if sequences.greedy:
+        tokens = largest(scores)
+        return tree.follow(tokens.clamp(min=0), nodes, draft), nodes, (tokens >= 0).all(-1)
+    target_laws = laws(scores, sequences.filters)
+    rule = tree.coupled if sequences.coupled else tree.rejection
+    return rule(target_laws, nodes, draft, sequences.randomness), nodes, is_law(target_laws).all(-1)
+
+
+def _greedy(scores: Tensor, tokens: Tensor, lengths: Tensor) -> Results:
+    """Accepted and next token, and whether there are any; [B] each."""
+    likeliest = largest(scores)
+    accepted, following = verify.greedy(likeliest.clamp(min=0), Draft(tokens, lengths))
+    return accepted, following, (likeliest >= 0).all(-1)
+
+
+def _drawn(
+    rule: Rule,
+    groups: dict[Filters, list[int]],
+    coupled: bool,
+    scores: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    seeds: Tensor,
+    starts: Tensor,
+    probs: Tensor | None = None,
+) -> Results:
+    """The same of rows that draw."""
+    target_laws = laws(scores, groups)
+    verdict = rule(target_laws, Draft(tokens, lengths, probs), Randomness(seeds, starts, coupled=coupled))
+    return verdict.accepted, verdict.next_token, is_law(target_laws).all(-1)
