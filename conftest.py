@@ -11,8 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the processor; before anything imports triton
 
-from specdec.training.recipe import load_recipe  # noqa: E402
-from specdec.training.trainer import train  # noqa: E402
+from specdec.training.recipe import load_recipe
+from specdec.training.trainer import train
 
 ROOT = Path(__file__).parent
 

@@ -111,7 +111,8 @@ def measure(
 ) -> list[bench.Measurement]:
     """Plain decoding and every way to guess on our engine, and Hugging Face's ``generate`` on the same checkpoint."""
     methods = bench.own_methods(engine, ways_to_guess(engine), max_new_tokens=NEW_TOKENS)
-    methods["HF generate"] = bench.hf_method(bench.hf_model(target, dtype), **bench.hf_settings(NEW_TOKENS))
+    reference = bench.hf_model(target, dtype).to(engine.target.device)
+    methods["HF generate"] = bench.hf_method(reference, **bench.hf_settings(NEW_TOKENS))
     columns = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(BATCHES) * len(methods) * (ROUNDS + 1))

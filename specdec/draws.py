@@ -46,7 +46,7 @@ class _Drafting(Structure):
 class Drawing:
     """How a draft model draws what it goes on with: of the softmax of its logits / temperature, row by row.
 
-    temperatures (float32), seeds and starts [B]; it writes the laws into ``laws`` [B, K, V]. ``coupled``: with the noise
+    temperatures (float32), seeds and starts [B], on the processor; it writes the laws into ``laws`` [B, K, V]. ``coupled``: with the noise
     of the target's draws. On a processor ``function`` and ``asked`` are addresses of a ``Choose`` of nn/cpu.c and of what
     it wants to know; None elsewhere.
     """
@@ -54,11 +54,11 @@ class Drawing:
     def __init__(
         self, temperatures: Sequence[float], seeds: Tensor, starts: Tensor, laws: Tensor, *, coupled: bool
     ) -> None:
-        self.temperatures = torch.tensor(temperatures, dtype=torch.float32).to(seeds.device, non_blocking=True)
+        self.temperatures = torch.tensor(temperatures, dtype=torch.float32)
         self.seeds, self.starts, self.laws, self.coupled = seeds.contiguous(), starts.contiguous(), laws, coupled
         self.function: int | None = None
         self.asked: int | None = None
-        if seeds.is_cpu and (compiled := library()) is not None:
+        if laws.is_cpu and (compiled := library()) is not None:
             given = self.temperatures, self.seeds, self.starts, laws
             self._described = _Drafting(laws.shape[1], coupled, *(part.data_ptr() for part in given))
             self.function = ctypes.cast(compiled.choose_drawn, c_void_p).value

@@ -222,7 +222,7 @@ class Call:
         watch, in_model = Stopwatch(), _model_seconds(drafter)
         draft, proposing = self._propose()
         is_plain = draft.tokens.shape[1] == 0
-        tokens = sequences.last_tokens if is_plain else torch.cat([sequences.last_tokens, draft.tokens], dim=1)
+        tokens = sequences.last_tokens_here if is_plain else torch.cat([sequences.last_tokens, draft.tokens], dim=1)
         # Elsewhere asking for the lengths would be one more synchronisation; padding is then read as well.
         counts = (draft.lengths + 1).tolist() if draft.lengths.is_cpu else None
         logits = sequences.fit(self.target.append(tokens, counts, parents=tree.nodes_of(draft)))

@@ -43,6 +43,12 @@ class Graphs:
         """
         if not self.records:
             return function(*inputs)
+        if torch.cuda.current_device() != self._device.index:
+            with torch.cuda.device(self._device):
+                return self._run(key, function, inputs, records)
+        return self._run(key, function, inputs, records)
+
+    def _run(self, key: object, function: Callable[..., Results], inputs: Results, records: bool) -> Results:
         known = self._recorded.get(key)
         if known is not None:
             self._recorded.move_to_end(key)
@@ -50,13 +56,12 @@ class Graphs:
                 kept.copy_(given, non_blocking=True)
             known.graph.replay()
             return known.results
-        with torch.cuda.device(self._device):
-            placed = [given.to(self._device, non_blocking=True) for given in inputs]
-            results = function(*placed)
-            if records and key in self._asked:  # its kernels are compiled by now
-                self._record(key, function, placed)
-            self._asked.add(key)
-            return results
+        placed = [given.to(self._device, non_blocking=True) for given in inputs]
+        results = function(*placed)
+        if records and key in self._asked:  # its kernels are compiled by now
+            self._record(key, function, placed)
+        self._asked.add(key)
+        return results
 
     def _record(self, key: object, function: Callable[..., Results], inputs: list[Tensor]) -> None:
         kept = tuple(given.clone() for given in inputs)

@@ -14,16 +14,14 @@ from specdec.sequences import Sequences
 from specdec.verify import Rule, Verdict
 
 
-def judge(
-    sequences: Sequences, rule: Rule, logits: Tensor, draft: Draft, graphs: Graphs
-) -> tuple[Verdict, Tensor]:
+def judge(sequences: Sequences, rule: Rule, logits: Tensor, draft: Draft, graphs: Graphs) -> tuple[Verdict, Tensor]:
     """The verdict over a chain, and which rows' laws are sound [B]; logits [B, K + 1, V]."""
     scores = sequences.process(logits, draft)
     if sequences.greedy:  # laws of large vocabularies are large, and one-hot ones say no more than their tokens
         found = graphs.run(("greedy", scores.shape), _greedy, scores, draft.tokens, draft.lengths)
     elif graphs.records and all(by.never_waits for by in sequences.filters):
         key = tuple((by, tuple(rows)) for by, rows in sequences.filters.items())
-        given = [scores, draft.tokens, draft.lengths, sequences.randomness.seeds, sequences.randomness.starts]
+        given = [scores, draft.tokens, draft.lengths, *sequences.keys_here]
         given += [] if draft.probs is None else [draft.probs]
         function = partial(_drawn, rule, sequences.filters, sequences.coupled)
         found = graphs.run((rule, key, sequences.coupled, scores.shape, len(given)), function, *given)

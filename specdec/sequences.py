@@ -153,14 +153,43 @@ class Sequences:
         return len(self.rows)
 
     def begin_step(self) -> None:
-        """Gather what a step needs of its rows: the one host-to-device copy."""
+        """Gather what a step needs of its rows; what of it a GPU must know goes there when it is asked for."""
         columns = zip(*((row.tokens[-1], row.request.seed, len(row.tokens)) for row in self.rows), strict=True)
-        last_tokens, seeds, starts = torch.tensor(list(columns), dtype=torch.long).to(self.device, non_blocking=True).unbind()
-        self.last_tokens = last_tokens.unsqueeze(1)
+        self._columns = self._placed = torch.tensor(list(columns), dtype=torch.long)
+        self._is_placed = self.device.type == "cpu"
+        self._randomness: Randomness | None = None
         self.filters = same_filters([row.filters for row in self.rows])
         self.greedy = all(by.greedy for by in self.filters)
-        self.randomness = Randomness(seeds, starts, coupled=self.coupled, constant=self.greedy)
         self._reads_prefix = [b for b, row in enumerate(self.rows) if row.processors]
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """Each row's last token, [B, 1]."""
+        return self._on_device()[0].unsqueeze(1)
+
+    @property
+    def last_tokens_here(self) -> Tensor:
+        """The same on the processor."""
+        return self._columns[0].unsqueeze(1)
+
+    @property
+    def keys_here(self) -> tuple[Tensor, Tensor]:
+        """Seeds and lengths [B] of the rows, which random numbers are made of, on the processor."""
+        return self._columns[1], self._columns[2]
+
+    @property
+    def randomness(self) -> Randomness:
+        """The step's random numbers."""
+        if self._randomness is None:
+            _, seeds, starts = self._on_device()
+            self._randomness = Randomness(seeds, starts, coupled=self.coupled, constant=self.greedy)
+        return self._randomness
+
+    def _on_device(self) -> Tensor:
+        """Last tokens, seeds and lengths, [3, B]: the one host-to-device copy of a step."""
+        if not self._is_placed:
+            self._placed, self._is_placed = self._columns.to(self.device, non_blocking=True), True
+        return self._placed
 
     @property
     def only_largest(self) -> bool:
@@ -222,7 +251,7 @@ class Sequences:
         temperatures = [found for row in self.rows if (found := row.filters.temperature) is not None]
         if self._reads_prefix or len(temperatures) < len(self.rows):
             return None
-        return draws.Drawing(temperatures, self.randomness.seeds, self.randomness.starts, laws, coupled=self.coupled)
+        return draws.Drawing(temperatures, *self.keys_here, laws, coupled=self.coupled)
 
     def commit(self, logits: Tensor, is_sound: Tensor, draft: Draft, verdict: Verdict) -> Step:
         """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation.

@@ -89,6 +89,11 @@ def chain(drafted: Tensor) -> Draft:
     return Draft(drafted, torch.full((len(drafted),), drafted.shape[1]))
 
 
+def laws_of(batch: Sequences, logits: Tensor, draft: Draft) -> Tensor:
+    """Every row's laws [B, K+1, V]."""
+    return laws(batch.process(logits, draft), batch.filters)
+
+
 def batch_of(params: Sequence[SamplingParams], texts: Sequence[Sequence[int]], new: int = 0) -> Sequences:
     """Live rows whose last ``new`` tokens were generated."""
     batch = Sequences(vocab_size=VOCAB, context=64, device=CPU, coupled=False, logprobs=False)
@@ -161,7 +166,7 @@ def test_a_verified_block_has_the_laws_of_generate_token_by_token(
     for new in range(len(text) - len(PROMPT)):
         batch = batch_of([params], [text[: len(PROMPT) + new]], new)
         drafted = torch.tensor([text[len(PROMPT) + new : -1]], dtype=torch.long)
-        found = batch.laws(logits[:, new:], chain(drafted))
+        found = laws_of(batch, logits[:, new:], chain(drafted))
         assert torch.equal(found, expected[:, new:])
         for at in range(drafted.shape[1]):  # as a drafter asks, one position at a time
             one = batch.draft_laws(logits[:, new + at, None], drafted[:, :at])
@@ -174,20 +179,20 @@ def test_the_penalty_counts_prompt_and_drafted_tokens_once_each() -> None:
     batch = batch_of([SamplingParams(1.0, repetition_penalty=2.0)], [[1, 2, 2]], new=1)
     logits = torch.full((1, 3, VOCAB), 3.0)
     logits[..., 4] = -3.0
-    found = batch.laws(logits, chain(torch.tensor([[4, 2]])))
+    found = laws_of(batch, logits, chain(torch.tensor([[4, 2]])))
     for t, seen in enumerate([[1, 2], [1, 2, 4], [1, 2, 4]]):
         expected = logits[0, t].clone()
         expected[seen] = torch.tensor([1.5, 1.5, -6.0])[: len(seen)]
         assert torch.equal(found[0, t], expected.softmax(-1))
     assert batch.rows[0].tokens == [1, 2, 2]
     assert bool((logits[..., 0] == 3.0).all())  # and again gives the same: nothing was recorded
-    assert torch.equal(batch.laws(logits, chain(torch.tensor([[4, 2]]))), found)
+    assert torch.equal(laws_of(batch, logits, chain(torch.tensor([[4, 2]]))), found)
 
 
 def test_min_new_tokens_counts_tokens_and_not_steps() -> None:
     # CASES 54
     batch = batch_of([SamplingParams(1.0, min_new_tokens=3)], [[1, 2, 7]], new=1)
-    found = batch.laws(random_logits(1, 4, VOCAB), chain(torch.tensor([[3, 4, 6]])))
+    found = laws_of(batch, random_logits(1, 4, VOCAB), chain(torch.tensor([[3, 4, 6]])))
     assert (found[0, :, EOS] > 0).tolist() == [False, False, True, True]
 
 
@@ -199,10 +204,10 @@ def test_rows_with_different_settings_keep_to_themselves() -> None:
     drafted = torch.randint(VOCAB, (len(COMBINATIONS), 2), generator=generator)
     logits = random_logits(len(COMBINATIONS), 3, VOCAB, seed=3)
     before = logits.clone()
-    together = batch_of(COMBINATIONS, texts, new=1).laws(logits, chain(drafted))
+    together = laws_of(batch_of(COMBINATIONS, texts, new=1), logits, chain(drafted))
     assert torch.equal(logits, before)
     for b, params in enumerate(COMBINATIONS):
-        alone = batch_of([params], [texts[b]], new=1).laws(logits[b : b + 1], chain(drafted[b : b + 1]))
+        alone = laws_of(batch_of([params], [texts[b]], new=1), logits[b : b + 1], chain(drafted[b : b + 1]))
         assert torch.equal(together[b], alone[0]), params
 
 

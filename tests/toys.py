@@ -108,7 +108,7 @@ def noisy(model: Model, scale: float = 0.03, seed: int = 1) -> Model:
     result = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     for weight in result.parameters():
-        weight.data.add_(torch.randn(weight.shape, generator=generator) * scale)
+        weight.data.add_(torch.randn(weight.shape, generator=generator).to(weight.device) * scale)
     return result
 
 

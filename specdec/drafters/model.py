@@ -80,7 +80,7 @@ class ModelDrafter:
         self.lm.free(rows)
 
     def _new_tokens(self, sequences: Sequences, count: int) -> tuple[Tensor, list[int]]:
-        """Every row's unread text, padded to [B, T], and how many tokens it has; the rest has been read."""
+        """Every row's unread text, padded to [B, T], and how many tokens it has; the rest has been read. Not on a GPU."""
         texts = self._texts(sequences)
         starts = [window_start(len(text) + count, self.lm.context) for text in texts]
         for slot, row in enumerate(sequences.rows):
@@ -94,7 +94,7 @@ class ModelDrafter:
         self._count, self._unread = count, [len(tokens) for tokens in unread]
         width = max(self._unread)
         padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in unread])
-        return padded.to(self.lm.device, non_blocking=True), self._unread
+        return padded, self._unread
 
     def _texts(self, sequences: Sequences) -> list[list[int]]:
         """Every row's text in ids of the draft model."""

@@ -95,7 +95,7 @@ class CachedLM(ABC):
         self._counts, self._is_tree = counts, parents is not None
         self._branch(parents, first, rows)
         with self.clock.timed():
-            hidden = self._forward(tokens.to(self.device), lengths, first, needs_logits=True)
+            hidden = self._forward(self._placed(tokens), lengths, first, needs_logits=True)
             self._note(rows, first)
             if last_only:
                 ends = torch.tensor(counts if counts is not None else [width] * rows) - 1
@@ -238,6 +238,10 @@ class CachedLM(ABC):
             self._wipe(rows, used)
         for slot in range(rows, len(self.lengths)):
             self.restart(slot, 0)
+
+    def _placed(self, tokens: Tensor) -> Tensor:
+        """Tokens where ``_forward`` wants them."""
+        return tokens.to(self.device, non_blocking=True)
 
     def _read(self, rows: int, width: int, counts: Sequence[int] | None, first: int) -> None:
         for b in range(rows):

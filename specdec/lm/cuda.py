@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class CudaLM(PagedLM):
         self.model = CudaModel(model, BLOCK)
         self.cache = PagedCache(self.model.block_numel, weight.dtype, device=weight.device)
         self.feature_layers, self.feature_size = len(self.model.layers) - 1, model.config.hidden_size
-        self._spare = self.cache.new_block()  # for rows that only make up the number of a recorded pass
+        self._spare = self.cache.new_block()  # places count from it; rows that only make up a number have this one
         self._graphs = Graphs(weight.device)
 
     def _reserve(self, rows: int, length: int) -> None:
@@ -55,18 +55,27 @@ class CudaLM(PagedLM):
         shape = self._shape(rows, width, max(lengths))
         numbers = self._numbers(shape, lengths, [width] * rows, first)
         found, *kept = self._graphs.run(
-            ("pass", shape, self.tapped, needs_logits),
-            partial(_read, self.model, shape, self.tapped, needs_logits),
-            shape.fitted(tokens),
-            torch.from_numpy(numbers),
+            ("pass", shape, self.tapped, needs_logits, tokens.is_cpu),
+            partial(_read, self.model, self._spare, shape, self.tapped, needs_logits),
+            *self._told(shape, tokens, numbers),
             records=shape.is_small,
         )
         if self.tapped:
             self._outputs = torch.cat(kept, dim=-1).view(shape.rows, width, -1)[:rows]
-        return found.view(shape.rows, width, -1)[:rows]
+        return found.view(shape.rows, width, -1)[:rows].clone()  # the next pass of this shape writes over it
+
+    def _placed(self, tokens: Tensor) -> Tensor:
+        return tokens  # those that the host knows go to the GPU with all else that a pass is told
 
     def _head(self, hidden: Tensor) -> Tensor:
         return hidden
+
+    def _told(self, shape: Shape, tokens: Tensor, numbers: NDArray[np.int64]) -> Results:
+        """``numbers``, with tokens [b, T] in them, or behind them where these are on the GPU."""
+        if not tokens.is_cpu:
+            return torch.from_numpy(numbers), shape.fitted(tokens)
+        shape.parts(numbers).ids[: len(tokens)] = tokens.numpy()
+        return (torch.from_numpy(numbers),)
 
     @torch.inference_mode()
     def guess(self, tokens: Tensor, counts: Sequence[int], count: int, choices: int) -> Tensor:
@@ -83,27 +92,26 @@ class CudaLM(PagedLM):
         if found is None:
             return None
         drawing.laws.copy_(found[1])
-        return found[0], None
+        return found[0].clone(), None
 
     def _chain(self, tokens: Tensor, counts: Sequence[int], chain: Chain, *given: Tensor) -> Results | None:
         """Tokens [B, count] of a chain, and their laws if they are drawn; None where it is not worth being recorded."""
         rows, width = tokens.shape
         lengths = [length + more for length, more in zip(self.lengths[:rows], self._pending, strict=False)]
         self._is_tree = False
-        shape = self._shape(rows, width, max(lengths) + chain.count - 1)
+        shape = self._shape(rows, width, max(lengths) + chain.steps - 1)
         if not shape.is_small:
             return None
         with self.clock.timed():
-            room = [max(width, more + chain.count - 1) for more in counts]
+            room = [max(width, more + chain.steps - 1) for more in counts]
             numbers = self._numbers(shape, lengths, room, 0, counts)
             found = self._graphs.run(
                 ("chain", shape, chain),
-                partial(_go_on, self.model, shape, chain),
-                shape.fitted(tokens),
-                torch.from_numpy(numbers),
+                partial(_go_on, self.model, self._spare, shape, chain),
+                *self._told(shape, tokens.cpu(), numbers),
                 *map(shape.fitted, given),
             )
-        self._read(rows, 0, [more + chain.count - 1 for more in counts], 0)
+        self._read(rows, 0, [more + chain.steps - 1 for more in counts], 0)
         return tuple(part[:rows] for part in found)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -146,8 +154,8 @@ class CudaLM(PagedLM):
         given.committed[:rows] = self.lengths[first : first + rows]
         given.counts[:rows] = shape.width if counts is None else counts
         known = min(given.blocks.shape[1], self.cache.addresses.shape[1])
-        given.blocks[:rows, :known] = self.cache.addresses[first : first + rows, :known].view(np.int64)
-        given.blocks[rows:, 0] = self._spare.data_ptr()
+        addresses = self.cache.addresses[first : first + rows, :known].view(np.int64)
+        given.blocks[:rows, :known] = (addresses - self._spare.data_ptr()) // self.dtype.itemsize
         for b, (committed, tree) in enumerate(self._trees(first, rows) or ()):
             here = slice(lengths[b] - committed, len(tree))
             given.depths[b, : len(tree) - here.start] = tree.depths[here]
@@ -156,14 +164,15 @@ class CudaLM(PagedLM):
 
 
 class Numbers(NamedTuple):
-    """Parts of what a pass is told, numpy's or torch's: as in ``nn.cuda.Pass``, and real tokens of each row [B]."""
+    """Parts of what a pass is told, all arrays or all tensors: as in ``nn.cuda.Pass``, and real tokens of each row [B]."""
 
-    lengths: NDArray[np.int64]
-    committed: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    blocks: NDArray[np.int64]
-    depths: NDArray[np.int64]
-    seen: NDArray[np.int64]
+    lengths: Any
+    committed: Any
+    counts: Any
+    ids: Any
+    blocks: Any
+    depths: Any
+    seen: Any
 
 
 class Shape(NamedTuple):
@@ -182,13 +191,13 @@ class Shape(NamedTuple):
     @property
     def size(self) -> int:
         """How many ``Numbers`` there are."""
-        return self.rows * (3 + self.longest // BLOCK + (2 * self.width if self.is_tree else 0))
+        return self.rows * (3 + self.width + self.longest // BLOCK + (2 * self.width if self.is_tree else 0))
 
     def parts(self, numbers: NDArray[np.int64] | Tensor) -> Numbers:
         """Views of ``numbers`` [size]."""
         rows, blocks, nodes = self.rows, self.longest // BLOCK, self.width if self.is_tree else 0
         found, begin = [], 0
-        for size in (1, 1, 1, blocks, nodes, nodes):
+        for size in (1, 1, 1, self.width, blocks, nodes, nodes):
             end = begin + rows * size
             found.append(numbers[begin:end])
             begin = end
@@ -199,41 +208,51 @@ class Shape(NamedTuple):
         missing = self.rows - len(given)
         return torch.cat([given, given[:1].expand(missing, *given.shape[1:])]) if missing else given
 
-    def described(self, ids: Tensor, given: Numbers) -> Pass:
-        """The pass over ``ids`` with what it is told, on the model's device."""
+    def described(self, given: Numbers, memory: Tensor) -> Pass:
+        """The pass with what it is told, on the model's device."""
         tree = (given.depths, given.seen) if self.is_tree else (None, None)
-        return Pass(ids, given.lengths, given.committed, given.blocks, self.longest, *tree)
+        return Pass(given.ids, given.lengths, given.committed, memory, given.blocks, self.longest, *tree)
 
 
 class Chain(NamedTuple):
-    """``count`` tokens, one after another, of the first ``choices`` ids: the likeliest, or drawn (see ``Drawing``)."""
+    """``steps`` tokens, one after another, of the first ``choices`` ids: the likeliest, or drawn (see ``Drawing``)."""
 
-    count: int
+    steps: int
     choices: int
     drawn: bool = False
     coupled: bool = False
 
 
 def _read(
-    model: CudaModel, shape: Shape, taps: tuple[int, ...], needs_logits: bool, ids: Tensor, numbers: Tensor
+    model: CudaModel,
+    memory: Tensor,
+    shape: Shape,
+    taps: tuple[int, ...],
+    needs_logits: bool,
+    numbers: Tensor,
+    *ids: Tensor,
 ) -> Results:
     """Logits [B * T, V] or hidden states, and outputs of tapped layers."""
-    hidden, kept = model.forward(shape.described(ids, shape.parts(numbers)), taps)
+    told = shape.parts(numbers)
+    told = told._replace(ids=ids[0]) if ids else told
+    hidden, kept = model.forward(shape.described(told, memory), taps)
     return model.logits(hidden) if needs_logits else hidden, *kept
 
 
-def _go_on(model: CudaModel, shape: Shape, chain: Chain, ids: Tensor, numbers: Tensor, *given: Tensor) -> Results:
-    """The tokens [B, count] of ``chain`` after ``ids``, and their laws if they are drawn."""
+def _go_on(model: CudaModel, memory: Tensor, shape: Shape, chain: Chain, numbers: Tensor, *given: Tensor) -> Results:
+    """The tokens [B, count] of ``chain``, and their laws if they are drawn."""
     told = shape.parts(numbers)
-    hidden, _ = model.forward(shape.described(ids, told))
-    rows = torch.arange(shape.rows, device=ids.device)
+    hidden, _ = model.forward(shape.described(told, memory))
+    rows = torch.arange(shape.rows, device=numbers.device)
     hidden = hidden.view(shape.rows, shape.width, -1)[rows, told.counts - 1]
     single, lengths = shape._replace(width=1), told.lengths + told.counts
     drawn = Randomness(given[1], given[2], coupled=chain.coupled) if chain.drawn else None
-    chosen, laws = [], []
-    for place in range(chain.count):
+    chosen: list[Tensor] = []
+    laws: list[Tensor] = []
+    for place in range(chain.steps):
         if place > 0:
-            hidden, _ = model.forward(single.described(chosen[-1], told._replace(lengths=lengths, committed=lengths)))
+            here = told._replace(ids=chosen[-1], lengths=lengths, committed=lengths)
+            hidden, _ = model.forward(single.described(here, memory))
             lengths = lengths + 1
         logits = model.logits(hidden)[:, : chain.choices]
         if drawn is None:

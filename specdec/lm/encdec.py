@@ -50,11 +50,11 @@ class EncoderDecoderLM(RowwiseLM):
             )
         given = {name: self._placed(value) for name, value in source.items()}
         with self.clock.timed():
-            outputs = self._outputs(given)
+            outputs = self._encoded(given)
         others = {name: given[name] for name in ("attention_mask",) if name in given and name in self._accepted}
         return Encoded(outputs, others)
 
-    def _outputs(self, given: dict[str, Any]) -> Any:
+    def _encoded(self, given: dict[str, Any]) -> Any:
         """What the encoder makes of a source, which may hold it already; it is taken out there."""
         outputs = given.pop("encoder_outputs", None)
         if outputs is None:

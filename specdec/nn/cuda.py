@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdec.nn import kernels
-from specdec.nn.gpt import GPT
+from specdec.nn.gpt import GPT, Block
 
-FEW = 64  # tokens whose products are ours; with more, arithmetic counts, and torch's are better at it
+FEW = 32  # tokens whose products are ours; with more, arithmetic counts, and torch's are better at it
 MOST_TOKENS = 256  # of a decoding pass; larger ones read prompts
+_SHARED = 96 * 1024  # bytes of fast memory that a program may fill with keys and values that are on their way
 CHUNK = 256  # tokens of the cache that one program of a decoding pass looks at
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -54,6 +55,7 @@ class Pass(NamedTuple):
     ids: Tensor
     lengths: Tensor
     committed: Tensor
+    memory: Tensor
     blocks: Tensor
     longest: int
     depths: Tensor | None = None
@@ -66,12 +68,13 @@ class CudaModel:
     def __init__(self, model: GPT, block: int) -> None:
         """``block``: tokens of a block of the cache."""
         self.block = block
-        attention = model.layers[0].self_attn
+        blocks = _blocks(model)
+        attention = blocks[0].self_attn
         self.heads, self.groups, self.head_dim = attention.heads, attention.groups, attention.head_dim
         self.epsilon = model.config.rms_norm_eps
         self.embedding = model.embed_tokens.weight.detach()
         self.head, self.norm = Weights.of(model.lm_head), model.norm.weight.detach()
-        self.layers = [_layer(block) for block in model.layers]
+        self.layers = [_layer(block) for block in blocks]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.block_numel = len(self.layers) * self.groups * 2 * block * self.head_dim
         self._angles = model.frequencies.float().to(self.device), model.rope_scale
@@ -121,7 +124,7 @@ class CudaModel:
         stride = read.blocks.stride(0)
         kernels.turn[rows * width, self.heads + 2 * self.groups](
             heads, layer.query_norm, layer.key_norm, self.cosines, self.sines, read.lengths, read.committed, read.depths,
-            read.blocks, stride, queries, width, number, self.epsilon, TREE=read.depths is not None,
+            read.memory, read.blocks, stride, queries, width, number, self.epsilon, TREE=read.depths is not None,
             HAS_NORM=layer.query_norm is not None, HALF=triton.next_power_of_2(self.head_dim // 2), **shape,
         )  # fmt: skip
         mixed = torch.empty_like(queries)
@@ -129,13 +132,14 @@ class CudaModel:
         parts = torch.empty(chunks if chunks > 1 else 0, *queries.shape, device=self.device)
         peaks = torch.empty(len(parts), rows * width, self.heads, 2, device=self.device)
         pairs = width * (self.heads // self.groups)
-        tile = min(64, max(16, triton.next_power_of_2(pairs)))
+        most = 64 if self.dtype.itemsize == 2 else 16  # more do not fit into a processor's registers
+        tile = min(most, max(16, triton.next_power_of_2(pairs)))
         wide = max(16, triton.next_power_of_2(self.head_dim))
         kernels.attend[rows * -(-pairs // tile), self.groups, chunks](
-            queries, read.blocks, stride, read.lengths, read.committed, read.seen, mixed, parts, peaks, rows * width,
+            queries, read.memory, read.blocks, stride, read.lengths, read.committed, read.seen, mixed, parts, peaks, rows * width,
             width, number, self.head_dim**-0.5,
             CHUNK=CHUNK if chunks > 1 else 0, ALONE=chunks == 1, TREE=read.seen is not None, WIDE=wide, TILE=tile,
-            **shape,
+            STAGES=max(1, min(3, _SHARED // (2 * self.block * wide * self.dtype.itemsize))), **shape,
         )  # fmt: skip
         if chunks > 1:
             cells = rows * width * self.heads
@@ -180,10 +184,14 @@ class Tile(NamedTuple):
     def of(cls, inner: int, gated: bool, dtype: torch.dtype) -> Tile:
         """For sums over ``inner`` products."""
         wide = 256 if dtype.itemsize == 2 else 64
-        return cls(32, min(wide, max(16, triton.next_power_of_2(inner))), 3 if gated else 5, 4)
+        return cls(16, min(wide, max(16, triton.next_power_of_2(inner))), 3 if gated else 4, 2)
 
 
-def _layer(block: nn.Module) -> Layer:
+def _blocks(model: GPT) -> list[Block]:
+    return [block for block in model.layers if isinstance(block, Block)]
+
+
+def _layer(block: Block) -> Layer:
     attention, mlp = block.self_attn, block.mlp
     norms = [None if norm is None else norm.weight.detach() for norm in (attention.q_norm, attention.k_norm)]
     return Layer(
@@ -200,6 +208,7 @@ def _layer(block: nn.Module) -> Layer:
 
 def readable(model: GPT) -> bool:
     """Whether kernels are there for this model."""
-    weight, attention = model.embed_tokens.weight, model.layers[0].self_attn
-    runs = weight.is_cuda or triton.knobs.runtime.interpret
-    return runs and weight.dtype in DTYPES and model.pattern is None and attention.head_dim % 2 == 0
+    weight = model.embed_tokens.weight
+    runs = weight.is_cuda or bool(triton.knobs.runtime.interpret)
+    is_even = _blocks(model)[0].self_attn.head_dim % 2 == 0
+    return runs and weight.dtype in DTYPES and model.pattern is None and is_even

@@ -37,7 +37,7 @@ def normalise(
     tl.store(outputs + row + places, x.to(outputs.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def multiply(
     inputs,  # [M, inner]
     weights,  # [width, inner], or [2 * width, inner] if GATED
@@ -99,7 +99,7 @@ def swiglu(
     tl.store(outputs + row * width + places, (gate / (1 + tl.exp(-gate)) * up).to(outputs.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "per_row", "layer"])
 def turn(
     heads,  # [M, H + 2 G, D]: queries, keys and values
     query_norm,  # [D]
@@ -109,7 +109,8 @@ def turn(
     lengths,  # [B]: tokens in the cache before the pass
     committed,  # [B]: those of them that are no tree
     depths,  # [M]: of a tree's nodes
-    blocks,  # [B, stride]: addresses of the row's blocks
+    memory,
+    blocks,  # [B, stride]: where the row's blocks are, counted from ``memory``
     stride,
     queries,  # [M, H, D]
     per_row,  # tokens of a row
@@ -137,11 +138,15 @@ def turn(
         first, second = first.to(tl.float32), second.to(tl.float32)
         if HAS_NORM:
             scale = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / SIZE + epsilon)
-            norm = tl.where(head < HEADS, tl.load(query_norm + channels, real, 0.0), tl.load(key_norm + channels, real, 0.0))
+            norm = tl.where(
+                head < HEADS, tl.load(query_norm + channels, real, 0.0), tl.load(key_norm + channels, real, 0.0)
+            )
             first = first * scale * norm.to(tl.float32)
             query_norm += SIZE // 2
             key_norm += SIZE // 2
-            norm = tl.where(head < HEADS, tl.load(query_norm + channels, real, 0.0), tl.load(key_norm + channels, real, 0.0))
+            norm = tl.where(
+                head < HEADS, tl.load(query_norm + channels, real, 0.0), tl.load(key_norm + channels, real, 0.0)
+            )
             second = second * scale * norm.to(tl.float32)
         angle = position * (SIZE // 2) + channels
         cosine, sine = tl.load(cosines + angle, real, 0.0), tl.load(sines + angle, real, 0.0)
@@ -155,15 +160,16 @@ def turn(
     else:
         group = (head - HEADS) % GROUPS
         is_value = (head - HEADS) // GROUPS
-        block = tl.load(blocks + row * stride + place // BLOCK).to(tl.pointer_type(dtype))
+        block = memory + tl.multiple_of(tl.load(blocks + row * stride + place // BLOCK), 64)
         target = block + (((layer * GROUPS + group) * 2 + is_value) * BLOCK + place % BLOCK) * SIZE + channels
         tl.store(target, first, real)
         tl.store(target + SIZE // 2, second, real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "tokens_of_pass", "per_row", "layer"])
 def attend(
     queries,  # [M, H, D]
+    memory,
     blocks,  # [B, stride]
     stride,
     lengths,  # [B]: tokens in the cache before the pass
@@ -185,6 +191,7 @@ def attend(
     WIDE: tl.constexpr,  # D rounded up to a power of two
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,  # queries of a program
+    STAGES: tl.constexpr,
 ):
     """Attention of the heads of a group over the cache, as in flash decoding (Dao et al. 2023): a chunk per program."""
     per_group: tl.constexpr = HEADS // GROUPS
@@ -211,8 +218,8 @@ def attend(
     best = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     found = tl.zeros([TILE, WIDE], tl.float32)
-    for start in range(begin, stop, BLOCK):
-        block = tl.load(blocks + row * stride + start // BLOCK).to(tl.pointer_type(dtype))
+    for start in tl.range(begin, stop, BLOCK, num_stages=STAGES):
+        block = memory + tl.multiple_of(tl.load(blocks + row * stride + start // BLOCK), 64)
         keys = block + (layer * GROUPS + group) * 2 * BLOCK * SIZE
         slots = tl.arange(0, BLOCK)
         inside = (start + slots < end)[:, None] & real[None, :]
@@ -243,7 +250,7 @@ def attend(
         tl.store(peaks + (chunk_of + cells) * 2 + 1, total, is_query)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cells", "chunks"])
 def combine(
     parts,  # [chunks, M, H, D]
     peaks,  # [chunks, M, H, 2]

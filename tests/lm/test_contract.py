@@ -199,7 +199,8 @@ def test_what_is_broken_in_a_freed_slot_does_not_leak(checked: Checked) -> None:
     poison(checked.lm, 1)
     checked.restart(1)  # forgets the row, and does not clean up, unless its blocks or states go
     assert (
-        isinstance(checked.lm, PagedLM | RecurrentLM) or not torch.isfinite(checked.lm.append(some_tokens(2, 3))[1]).all()
+        isinstance(checked.lm, PagedLM | RecurrentLM)
+        or not torch.isfinite(checked.lm.append(some_tokens(2, 3))[1]).all()
     )
     checked.lm.keep([0, 0])
 
