@@ -25,12 +25,14 @@ from transformers import (
 from specdec.errors import CheckpointError, ConfigError, ModelError
 from specdec.limit import weight_bytes
 from specdec.lm.base import CachedLM
+from specdec.lm.cpu import CpuLM
 from specdec.lm.hf import hf_lm
 from specdec.lm.native import native_lm
 from specdec.nn.gpt import GPT, Config, state_from_hf, why_unsupported
 from specdec.nn.lstm import LSTM, holds_lstm
+from specdec.training.optimizer import fast_dtype
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 ModelLike = str | Path | nn.Module | CachedLM
@@ -40,16 +42,43 @@ def load_lm(model: ModelLike, *, dtype: torch.dtype | None = None, device: torch
     """A model with a cache: ours for every checkpoint it can run, Hugging Face's own code for all others."""
     if isinstance(model, CachedLM):
         return model
-    found = load_module(model, dtype=dtype, device=device)
-    check_finite(found)
-    if isinstance(found, GPT | LSTM):
-        lm: CachedLM = native_lm(found)
-    elif isinstance(found, PreTrainedModel):
-        lm = hf_lm(found)
-    else:
-        raise _no_model(found)
-    lm.weight_bytes = weight_bytes(found)
+    in_bytes = dtype is torch.int8 and isinstance(model, str | Path)
+    return lm_of(load_module(model, dtype=dtype, device=device), in_bytes=in_bytes)
+
+
+def lm_of(model: nn.Module, *, in_bytes: bool = False) -> CachedLM:
+    """``model`` with a cache; ``in_bytes`` rounds its weights to a byte each, which may change ``model``."""
+    check_finite(model)
+    size = weight_bytes(model)
+    lm = _in_bytes(model) if in_bytes else _as_it_is(model)
+    lm.weight_bytes, lm.in_bytes = size // next(model.parameters()).itemsize if in_bytes else size, in_bytes
     return lm
+
+
+def _as_it_is(model: nn.Module) -> CachedLM:
+    if isinstance(model, GPT | LSTM):
+        return native_lm(model)
+    if isinstance(model, PreTrainedModel):
+        return hf_lm(model)
+    raise _no_model(model)
+
+
+def _in_bytes(model: nn.Module) -> CachedLM:
+    """Compiled where that is possible, else by torchao."""
+    if isinstance(model, GPT):
+        try:
+            return CpuLM(model, in_bytes=True)
+        except LookupError:
+            pass
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ConfigError(
+            f"dtype 'int8' for a {type(model).__name__} on {next(model.parameters()).device} needs torchao: "
+            "pip install 'specdec[quantized]', or take another dtype"
+        ) from error
+    quantize_(model, Int8WeightOnlyConfig())
+    return _as_it_is(model)
 
 
 def load_module(
@@ -60,14 +89,19 @@ def load_module(
         return model
     if not isinstance(model, str | Path):
         raise _no_model(model)
-    return _load_model(checkpoint_directory(str(model)), dtype).to(device or torch.device("cpu"))
+    device = device or torch.device("cpu")
+    dtype = fast_dtype(device) if dtype is torch.int8 else dtype  # what is not rounded
+    return _load_model(checkpoint_directory(str(model)), dtype).to(device)
 
 
 def load_model(
     name: str | Path, *, dtype: str = "auto", device: str = "auto"
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A checkpoint's model, without a cache, and its tokenizer; arguments and errors are those of ``load``."""
-    model = _load_model(checkpoint_directory(str(name)), dtype_named(dtype)).to(device_named(device))
+    wanted = dtype_named(dtype)
+    if wanted is torch.int8:
+        raise ConfigError("dtype 'int8' is for decoding; take float32 or bfloat16 here")
+    model = _load_model(checkpoint_directory(str(name)), wanted).to(device_named(device))
     check_finite(model)
     tokenizer = find_tokenizer(name)
     if tokenizer is None:

@@ -39,7 +39,7 @@ Draft = Annotated[
         "'tuned' or a .json file: what specdec tune found best."
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, int8, or auto: the checkpoint's own.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU when there is one.")]
 MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to generate per row.")]
 NumDraftTokens = Annotated[
@@ -214,7 +214,7 @@ def bench(
         )
     target = plain.target
     settings = {
-        "dtype": str(target.dtype).removeprefix("torch."),
+        "dtype": "int8" if target.in_bytes else str(target.dtype).removeprefix("torch."),
         "prompts": len(texts),
         "new tokens": max_new_tokens,
         "rounds": rounds,

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from specdec.checkpoints import (
@@ -17,7 +18,7 @@ from specdec.checkpoints import (
     device_named,
     dtype_named,
     find_tokenizer,
-    load_lm,
+    lm_of,
     load_module,
 )
 from specdec.control import DEFAULT_DRAFT_TOKENS
@@ -40,6 +41,7 @@ def load(
     draft_tokenizer: PreTrainedTokenizerBase | None = None,
     tree: bool = False,
     dtype: str = "auto",
+    draft_dtype: str | None = None,
     device: str = "auto",
 ) -> Engine:
     """Load a target and a drafter into an ``Engine`` that keeps them.
@@ -52,8 +54,10 @@ def load(
     draft_tokenizer: that of a draft model, if it is not the one next to its weights. A draft with another tokenizer than
         the target's guesses text, or the tokens that both have; see ``drafters/vocabularies.py``.
     tree: a draft model proposes trees of tokens, several where it is unsure; ``num_draft_tokens`` counts all of one.
-    dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own. device: "cpu", "cuda", or "auto".
-    Neither applies to models that come as objects: those are run as they are.
+    dtype: "float32", "bfloat16", "float16", "int8" (weights rounded to a byte each: another model, whose own law it
+        then is that drafts never change), or "auto" for the checkpoint's own. draft_dtype: the same for the draft;
+        ``dtype`` by default. device: "cpu", "cuda", or "auto". None of them applies to models that come as objects:
+        those are run as they are.
 
     Raises ``CheckpointError`` (missing or damaged), ``ModelError`` (weights not finite, cannot be run exactly),
     ``VocabularyError`` (target and draft share no token, or a tokenizer is missing), ``ConfigError`` (unknown dtype, device or drafter).
@@ -62,11 +66,15 @@ def load(
     tuned = tuned_for(draft, target, checkpoint_directory)
     if tuned is not None:
         draft = tuned.draft if len(tuned.draft) > 1 else next(iter(tuned.draft), None)
-    model = None if isinstance(target, CachedLM) else load_module(target, dtype=wanted, device=place)
-    target_lm = load_lm(target if model is None else model)
+    if isinstance(target, CachedLM):
+        model, target_lm = None, target
+    else:
+        model = load_module(target, dtype=wanted, device=place)
+        target_lm = lm_of(model, in_bytes=wanted is torch.int8 and isinstance(target, str | Path))
     tokenizer = tokenizer or find_tokenizer(target)
     vocab_size = _real_vocab_size(target_lm, tokenizer)
-    drafter = make_drafter(draft, Target(target_lm, model, tokenizer, vocab_size, wanted, place), draft_tokenizer)
+    drafts = dtype_named(dtype if draft_dtype is None else draft_dtype)
+    drafter = make_drafter(draft, Target(target_lm, model, tokenizer, vocab_size, drafts, place), draft_tokenizer)
     if tree:
         drafter = branching(drafter)
     make = Engine if tuned is None else partial(TunedEngine, tuned)
@@ -91,7 +99,7 @@ def _description(lm: CachedLM | None) -> list[Any]:
     model = getattr(lm, "model", lm)
     config = getattr(model, "config", None)
     shape = config.to_dict() if config is not None else None
-    return [type(model).__name__, lm.mechanism, lm.vocab_size, str(lm.dtype), str(lm.device), shape]
+    return [type(model).__name__, lm.mechanism, lm.vocab_size, str(lm.dtype), lm.in_bytes, str(lm.device), shape]
 
 
 def accepted_length(target: Trainable, draft: Trainable, prompts: list[list[int]], new_tokens: int) -> float:

@@ -37,6 +37,7 @@ class CachedLM(ABC):
     reads_trees = False  # whether ``append`` takes ``parents``
     feature_layers = 0  # how many layers, from the first on, ``tap`` may name
     feature_size = 0  # numbers per token and layer
+    in_bytes = False  # whether weights are rounded to one byte each
 
     def __init__(self, vocab_size: int, context: int, device: torch.device, dtype: torch.dtype) -> None:
         self.vocab_size, self.context = vocab_size, context

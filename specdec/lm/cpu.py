@@ -56,14 +56,16 @@ class CpuLM(PagedLM):
 
     reads_trees = True
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, *, in_bytes: bool = False) -> None:
+        """``in_bytes``: the weights of all products rounded to 127 steps per row; another model, half the size."""
         weight = model.embed_tokens.weight
         library = cpu.kernels(weight.dtype) if weight.device.type == "cpu" and model.pattern is None else None
         if library is None:
             raise LookupError(f"no compiled pass for {weight.dtype} on {weight.device}")
         super().__init__(model.config.vocab_size, model.config.max_position_embeddings, weight.device, weight.dtype)
-        self._library, self._packed, self.config = library, cpu.CpuModel(model), model.config
-        self._others = cpu.OtherProducts.where_faster(library, model)
+        self._library, self._packed, self.config = library, cpu.CpuModel(model, in_bytes=in_bytes), model.config
+        self._others = None if in_bytes else cpu.OtherProducts.where_faster(library, model)
+        self.in_bytes = in_bytes
         head_size = cpu.pad(self._packed.head_dim)
         numel = self._packed.struct.layers * self._packed.groups * 2 * BLOCK * head_size
         self.cache = PagedCache(numel, weight.dtype)

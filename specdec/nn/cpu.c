@@ -19,6 +19,7 @@
 #define HALF 6   /* as many of them as have registers for sums with four blocks: faster where there are several tiles */
 #define QUERIES 8 /* query heads that share one reading of keys and values */
 #define CHUNK 512 /* k of a weight that stays in the nearest cache while several tiles read it */
+#define HEIGHT 64 /* tokens whose sums with a weight in bytes are kept at a time */
 
 typedef struct { /* a weight in the layout above */
     const void *weight; /* elem; with a scale bytes, of which each stands for scale[n] * (byte - 64) */
@@ -187,21 +188,36 @@ static void strip(int bytes, int mt, int64_t blocks, const elem *x, int64_t ldx,
     }
 }
 
-/* As `strip` and what follows it, for a weight in bytes: the rows from n on, for mt tokens. */
-static void bytes_strip(const Linear *by, int64_t n, int64_t count, int mt, const elem *x, int64_t ldx, float *out,
-                        int64_t ldo, int add) {
-    float sums[TILE][8 * LANES];
-    strip(1, mt, count, x, ldx, (const uint8_t *)by->weight + n * by->k * LANES, by->k * LANES, by->k, sums[0], 8 * LANES, 0, 0);
-    for (int m = 0; m < mt; m++) {
-        float total = 0;
-        for (int64_t i = 0; i < by->k; i++) total += widen(x[m * ldx + i]);
+/* The sum of k numbers, always in the same order. */
+static float sum_of(const elem *x, int64_t k) {
+    vec sums = {0};
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES)
+        for (int l = 0; l < LANES; l++) sums[l] += widen(x[i + l]);
+    float found = total(sums);
+    for (; i < k; i++) found += widen(x[i]);
+    return found;
+}
+
+/* `linear` of count blocks from n on, for a weight in bytes; `sizes` are the sums of the tokens' inputs. */
+static void bytes_strip(const Linear *by, int64_t n, int64_t count, int64_t tokens, int64_t height, const elem *x,
+                        int64_t ldx, const float *sizes, float *out, int64_t ldo, int add) {
+    float sums[HEIGHT][8 * LANES];
+    const uint8_t *weight = (const uint8_t *)by->weight + n * by->k * LANES;
+    int64_t chunk = tokens > height ? CHUNK : by->k;
+    for (int64_t i = 0; i < by->k; i += chunk) {
+        int64_t length = by->k - i < chunk ? by->k - i : chunk;
+        for (int64_t m = 0; m < tokens; m += height)
+            strip(1, tokens - m < height ? tokens - m : height, count, x + m * ldx + i, ldx, weight + i * LANES,
+                  by->k * LANES, length, sums[m], 8 * LANES, i ? sums[m] : 0, i ? 8 * LANES : 0);
+    }
+    for (int64_t m = 0; m < tokens; m++)
         for (int64_t j = 0; j < count; j++) {
             vec *to = (vec *)(out + m * ldo + j * LANES);
-            vec found = (((const vec *)sums[m])[j] - OFFSET * total) * ((const vec *)by->scale)[n + j];
+            vec found = (((const vec *)sums[m])[j] - OFFSET * sizes[m]) * ((const vec *)by->scale)[n + j];
             if (by->bias) found += ((const vec *)by->bias)[n + j];
             *to = add ? *to + found : found;
         }
-    }
 }
 
 /* out[M, n] = (add: out +) x[M, k] w^T (+ bias), by all threads of the team */
@@ -209,12 +225,15 @@ static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx,
     int64_t blocks = by->n / LANES, ldw = by->k * LANES;
     int64_t tiles = tokens <= TILE ? 1 : (tokens + HALF - 1) / HALF, height = (tokens + tiles - 1) / tiles;
     int64_t at_once = blocks_at_once(height), strips = (blocks + at_once - 1) / at_once;
-    int64_t chunk = tiles > 1 ? CHUNK : by->k;
+    int64_t chunk = tiles > 1 ? CHUNK : by->k, group = HEIGHT / height * height;
+    float sizes[by->scale ? tokens : 1];
+    for (int64_t m = 0; by->scale && m < tokens; m++) sizes[m] = sum_of(x + m * ldx, by->k);
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < strips; s++) {
         int64_t n = s * at_once, count = blocks - n < at_once ? blocks - n : at_once;
-        for (int64_t m = 0; by->scale && m < tokens; m += height)
-            bytes_strip(by, n, count, tokens - m < height ? tokens - m : height, x + m * ldx, ldx, out + m * ldo + n * LANES, ldo, add);
+        for (int64_t m = 0; by->scale && m < tokens; m += group)
+            bytes_strip(by, n, count, tokens - m < group ? tokens - m : group, height, x + m * ldx, ldx, sizes + m,
+                        out + m * ldo + n * LANES, ldo, add);
         if (by->scale) continue;
         for (int64_t i = 0; i < by->k; i += chunk) {
             int64_t length = by->k - i < chunk ? by->k - i : chunk;

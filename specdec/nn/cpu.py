@@ -112,8 +112,8 @@ def blocks_of(model: GPT) -> list[Any]:
 class CpuModel:
     """A ``GPT``'s weights packed, and the structure that the compiled functions read. The ``GPT`` is not kept."""
 
-    def __init__(self, model: GPT) -> None:
-        config, self.dtype = model.config, model.embed_tokens.weight.dtype
+    def __init__(self, model: GPT, *, in_bytes: bool = False) -> None:
+        config, self.dtype, self.in_bytes = model.config, model.embed_tokens.weight.dtype, in_bytes
         self._kept: list[Tensor] = []  # what the structures point into
         self.layers = (Layer * config.num_hidden_layers)()
         for ours, layer in zip(self.layers, blocks_of(model), strict=True):
@@ -147,12 +147,14 @@ class CpuModel:
         view = copy.copy(self)
         view._kept = [*self._kept]
         view.layers = (Layer * len(layers))(*(self.layers[layer] for layer in layers))
-        if in_bytes:
+        if in_bytes and not self.in_bytes:
+            view.in_bytes = True
             packed = {tensor.data_ptr(): tensor for tensor in self._kept}
             for layer in view.layers:
                 for name in PRODUCTS:
-                    setattr(layer, name, view._in_bytes(getattr(layer, name), packed))
-            view.head = view._in_bytes(self.head, packed)
+                    linear = getattr(layer, name)
+                    setattr(layer, name, view._rounded(packed[linear.weight], linear))
+            view.head = view._rounded(packed[self.head.weight], self.head)
         own = {field[0]: getattr(self.struct, field[0]) for field in Model._fields_}
         view.struct = Model(**{**own, "layers": len(layers), "head": view.head, "layer": view.layers})
         view._count()
@@ -164,9 +166,9 @@ class CpuModel:
             linear.n * linear.k for layer in self.layers for linear in (getattr(layer, name) for name in PRODUCTS)
         )
 
-    def _in_bytes(self, linear: Linear, packed: dict[int, Tensor]) -> Linear:
-        """The weight rounded to 127 steps per row, half the size of bfloat16."""
-        weight = packed[linear.weight].float()  # [N / 16, K / pair, 16, pair]
+    def _rounded(self, packed: Tensor, linear: Linear) -> Linear:
+        """``linear``, whose weight is ``packed``, rounded to 127 steps per row, half the size of bfloat16."""
+        weight = packed.float()  # [N / 16, K / pair, 16, pair]
         scale = weight.abs().amax(dim=(1, 3)).clamp(min=torch.finfo(torch.float32).tiny) / 63
         steps = (weight / scale[:, None, :, None]).round().clamp(-63, 63) + 64
         kept = self._keep(steps.to(torch.uint8).contiguous()), self._keep(scale.flatten())
@@ -182,7 +184,11 @@ class CpuModel:
     def _linear(self, layer: nn.Linear) -> Linear:
         packed = pack(layer.weight.detach())
         bias = None if layer.bias is None else self._floats(layer.bias)
-        return Linear(self._keep(packed), bias, pad(layer.out_features), pad(layer.in_features, pair(self.dtype)))
+        found = Linear(None, bias, pad(layer.out_features), pad(layer.in_features, pair(self.dtype)))
+        if self.in_bytes:
+            return self._rounded(packed, found)
+        found.weight = self._keep(packed)
+        return found
 
 
 def threads_for(multiplications: int) -> int:

@@ -211,4 +211,5 @@ def readable(model: GPT) -> bool:
     weight = model.embed_tokens.weight
     runs = weight.is_cuda or bool(triton.knobs.runtime.interpret)
     is_even = _blocks(model)[0].self_attn.head_dim % 2 == 0
-    return runs and weight.dtype in DTYPES and model.pattern is None and is_even
+    are_plain = all(type(weight) is nn.Parameter for weight in model.parameters())  # none of torchao's, say
+    return runs and weight.dtype in DTYPES and model.pattern is None and is_even and are_plain
