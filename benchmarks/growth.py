@@ -32,10 +32,9 @@ from specdec.lm.base import CachedLM
 from specdec.lm.cpu import CpuLM
 from specdec.lm.native import NativeLM, native_lm
 from specdec.lm.paged import BLOCK
-from specdec.machine import machine
+from specdec.machine import fast_dtype, machine
 from specdec.nn.gpt import GPT, Config, head_size
 from specdec.picture import COLOURS
-from specdec.training.optimizer import fast_dtype
 
 RESULTS = Path(__file__).parent / "results"
 STEP, VERIFY = 1, 5  # tokens per row of the passes that are timed

@@ -30,12 +30,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from specdec.machine import machine
+from specdec.machine import fast_dtype, machine
 from specdec.nn.gpt import GPT, state_to_hf
 from specdec.training import data
 from specdec.training.memory import keep_freed_memory
 from specdec.training.objective import Pair, _PairLoss
-from specdec.training.optimizer import MasterAdamW, fast_dtype
+from specdec.training.optimizer import MasterAdamW
 from specdec.training.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).parent

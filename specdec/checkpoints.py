@@ -28,9 +28,9 @@ from specdec.lm.base import CachedLM
 from specdec.lm.cpu import CpuLM
 from specdec.lm.hf import hf_lm
 from specdec.lm.native import native_lm
+from specdec.machine import fast_dtype
 from specdec.nn.gpt import GPT, Config, state_from_hf, why_unsupported
 from specdec.nn.lstm import LSTM, holds_lstm
-from specdec.training.optimizer import fast_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")

@@ -20,12 +20,11 @@ from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError
 from specdec.load import accepted_length, load
-from specdec.machine import cache_directory
+from specdec.machine import cache_directory, fast_dtype
 from specdec.picture import draw
 from specdec.text import TextStream
 from specdec.training.data import gather, held_out_prompts
 from specdec.training.distill_recipe import DistillSettings
-from specdec.training.optimizer import fast_dtype
 from specdec.training.recipe import Recipe, parse_recipe
 from specdec.training.trainer import train
 from specdec.tuned import LOOKUP

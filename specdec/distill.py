@@ -29,6 +29,7 @@ from specdec.engine import Engine
 from specdec.errors import ConfigError, ModelError
 from specdec.lm.base import CachedLM
 from specdec.lm.native import native_lm
+from specdec.machine import fast_dtype
 from specdec.nn.divergences import DIVERGENCES
 from specdec.nn.gpt import GPT
 from specdec.training import checkpoint as files
@@ -38,7 +39,7 @@ from specdec.training.distill_recipe import REPORT, DistillReport, DistillSettin
 from specdec.training.interrupt import Interrupt
 from specdec.training.losses import Teacher, acceptance, distillation_loss, length_weights
 from specdec.training.memory import keep_freed_memory
-from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
+from specdec.training.optimizer import MasterAdamW, schedule
 from specdec.training.own_text import own_text
 from specdec.training.shapes import initialise, new_draft
 

@@ -351,7 +351,7 @@ def test_huge_finite_weights_are_not_taken_for_infinite(gpt: GPT) -> None:
 @pytest.mark.parametrize(
     ("settings", "pattern"),
     [
-        ({"dtype": "int8"}, "'auto' or one of float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": "int4"}, "'auto' or one of float32, bfloat16, float16, int8, got 'int4'"),
         ({"dtype": None}, "dtype must be 'auto'.*got None"),
         ({"device": "tpu"}, "device must be 'auto', 'cpu' or 'cuda', got 'tpu'"),
         ({"device": "meta"}, "device must be 'auto', 'cpu' or 'cuda', got 'meta'"),

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specdec.errors import ConfigError, ModelError
+from specdec.machine import fast_dtype
 from specdec.nn.gpt import GPT
 from specdec.nn.heads import FeatureHead
 from specdec.training import checkpoint as files
 from specdec.training import data
 from specdec.training.interrupt import Interrupt
 from specdec.training.memory import keep_freed_memory
-from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
+from specdec.training.optimizer import MasterAdamW, schedule
 from specdec.training.own_text import own_text
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from specdec.nn.lstm import Trainable
 
 _BETAS = (0.9, 0.95)  # the usual choice for language models (GPT-3, Llama): runs too short for 0.999
-_PROBE_SIZE, _PROBES = 512, 8  # about 30 ms
 _STATE = ("exp_avg", "exp_avg_sq")
 
 
@@ -151,30 +149,3 @@ def schedule(progress: float, *, warmup: float, final: float, decay: float = 1.0
     begin = max(warmup, 1 - decay)
     position = min(max(progress - begin, 0.0) / (1 - begin), 1.0)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * position))
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where ``device`` multiplies it clearly faster than float32, else float32.
-
-    A CPU is asked by a measurement of some milliseconds: some list the instruction and emulate it.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type != "cpu":
-        return torch.float32
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # then thread time is all of the work, and other programs cannot disturb the measurement
-    try:
-        times = [(_matmul_seconds(torch.float32), _matmul_seconds(torch.bfloat16)) for _ in range(_PROBES)]
-    finally:
-        torch.set_num_threads(threads)
-    full, half = (min(column) for column in zip(*times, strict=True))
-    return torch.bfloat16 if half < 0.67 * full else torch.float32
-
-
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Processor seconds of one matrix product in this thread."""
-    matrix = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype)
-    start = time.thread_time()
-    torch.mm(matrix, matrix)
-    return time.thread_time() - start

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from specdec.errors import CheckpointError, ConfigError, ModelError
+from specdec.machine import fast_dtype
 from specdec.nn.gpt import GPT
 from specdec.nn.lstm import LSTM, Trainable
 from specdec.training import checkpoint as files
@@ -32,7 +33,7 @@ from specdec.training.interrupt import Interrupt
 from specdec.training.journal import Journal
 from specdec.training.memory import keep_freed_memory
 from specdec.training.objective import Pair, agreement
-from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
+from specdec.training.optimizer import MasterAdamW, schedule
 from specdec.training.parallel import Parallel
 from specdec.training.progress import TrainingProgress
 from specdec.training.recipe import Recipe, ShapeRecipe

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from toy_recipe import with_training
 
 from specdec.errors import CheckpointError, ConfigError, ModelError
+from specdec.machine import fast_dtype
 from specdec.training import data, trainer
 from specdec.training.objective import Pair
-from specdec.training.optimizer import MasterAdamW, fast_dtype, schedule
+from specdec.training.optimizer import MasterAdamW, schedule
 from specdec.training.parallel import Parallel
 from specdec.training.progress import TrainingProgress
 from specdec.training.recipe import Recipe
@@ -260,6 +261,6 @@ def test_processor_speed_decides_the_precision(monkeypatch: pytest.MonkeyPatch) 
     cpu = torch.device("cpu")
     for seconds, expected in ((0.5, torch.bfloat16), (3.0, torch.float32)):
         monkeypatch.setattr(
-            "specdec.training.optimizer._matmul_seconds", lambda dtype, s=seconds: s if dtype == torch.bfloat16 else 1.0
+            "specdec.machine._matmul_seconds", lambda dtype, s=seconds: s if dtype == torch.bfloat16 else 1.0
         )
         assert fast_dtype(cpu) is expected
