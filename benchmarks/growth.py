@@ -1,6 +1,6 @@
 """How time and memory grow with the context: 256 to 8k tokens, batch 1 to 64, equal rows and ragged ones.
 
-python benchmarks/growth.py [--contexts 256 512 1024 2048 4096 8192] [--batches 1 4 16 64]
+python benchmarks/growth.py [--contexts 256 512 1024 2048 4096 8192] [--batches 1 4 16 64] [--device cuda]
 
 Writes benchmarks/results/growth.json and growth.png. The model has the shape of the demo's target and random weights,
 for speed does not depend on what they are. Rows have blocks of their own (no shared beginnings), and every token in them
@@ -29,9 +29,8 @@ from rich.table import Column, Table
 
 from specdec.demo import demo_recipe
 from specdec.lm.base import CachedLM
-from specdec.lm.cpu import CpuLM
 from specdec.lm.native import NativeLM, native_lm
-from specdec.lm.paged import BLOCK
+from specdec.lm.paged import BLOCK, PagedLM
 from specdec.machine import fast_dtype, machine
 from specdec.nn.gpt import GPT, Config, head_size
 from specdec.picture import COLOURS
@@ -59,14 +58,14 @@ class Cell:
     rectangle_bytes: int  # with every row as long as the longest
 
 
-def random_lm(context: int) -> tuple[CachedLM, int]:
+def random_lm(context: int, device: torch.device) -> tuple[CachedLM, int]:
     """A model of the demo target's shape that reads ``context`` tokens, and the bytes that it keeps of each."""
     recipe = demo_recipe()
     config = recipe.target.config(recipe.tokenizer.vocab_size, eos_token_id=0)
     config.max_position_embeddings = context
-    dtype = fast_dtype(torch.device("cpu"))
+    dtype = fast_dtype(device)
     torch.manual_seed(0)
-    return native_lm(GPT(config).to(dtype)), token_bytes(config, dtype)
+    return native_lm(GPT(config).to(device, dtype)), token_bytes(config, dtype)
 
 
 def token_bytes(config: Config, dtype: torch.dtype) -> int:
@@ -76,7 +75,7 @@ def token_bytes(config: Config, dtype: torch.dtype) -> int:
 
 def held_bytes(lm: CachedLM) -> int:
     """Memory of the cache as it is; a block that rows share counts once."""
-    if isinstance(lm, CpuLM):
+    if isinstance(lm, PagedLM):
         blocks = {block.data_ptr(): block for row in lm.cache.rows for block in row}
         return sum(block.numel() * block.itemsize for block in blocks.values())
     assert isinstance(lm, NativeLM)
@@ -101,6 +100,8 @@ def pass_ms(lm: CachedLM, batch: int, width: int) -> float:
         started = time.perf_counter()
         lm.append(tokens)
         lm.keep([1] * batch)
+        if lm.device.type == "cuda":
+            torch.cuda.synchronize(lm.device)
         found.append(1e3 * (time.perf_counter() - started))
     return statistics.median(found[WARM_UP:])
 
@@ -230,10 +231,11 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--most-tokens", type=int, default=2**16, help="cells with more live tokens are left out")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda")
     given = parser.parse_args()
     console = Console()
     passes = 2 * (WARM_UP + PASSES)
-    lm, per_token = random_lm(max(given.contexts) + passes + VERIFY)
+    lm, per_token = random_lm(max(given.contexts) + passes + VERIFY, torch.device(given.device))
     wanted, cells = list(plan(given.contexts, given.batches, given.most_tokens)), []
     if not wanted:
         parser.error(f"every cell has more than --most-tokens {given.most_tokens}; allow more, or ask for smaller ones")

@@ -82,11 +82,11 @@ def test_a_cache_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "CHUNK", BLOCK)
     model = model_of(CONFIGS["qwen3"])
     checked = Checked(CudaLM(model), lambda text: logits_of(model, text), tolerance=5e-5)
-    checked.reserve(3, 4 * BLOCK)
-    checked.fill(texts(BLOCK + 7, BLOCK - 2, 5))
-    for _ in range(3):
-        checked.append(torch.tensor(texts(3, 3, 3)))
-        checked.keep([3, 3, 3])
+    checked.reserve(2, 4 * BLOCK)
+    checked.fill(texts(BLOCK - 2, 5))
+    for _ in range(3):  # the first crosses into a second chunk
+        checked.append(torch.tensor(texts(3, 3)))
+        checked.keep([3, 3])
 
 
 @torch.inference_mode()
