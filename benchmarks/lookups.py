@@ -1,11 +1,12 @@
 """What does a drafter bring that needs no model? Suffix decoding and plain prompt lookup, by kind of text.
 
-python benchmarks/lookups.py [--texts 16] [--rounds 3] [--cpu-time]
+python benchmarks/lookups.py [--texts 16] [--rounds 3] [--kinds code "code editing" ...] [--wide] [--cpu-time]
 
 The demo's target reads at its own speed, but says texts that are prescribed: a model of 7 M parameters copies nothing,
 and lookups live on what larger ones copy. Kinds: real code after 400 tokens of it; a function written again with
 a parameter renamed and a line added; tokens at random; and the target's own greedy text. One text at a time, ways in
-turn; on a busy machine ``--cpu-time`` counts the seconds that the process had. Writes benchmarks/results/lookups.json.
+turn; on a busy machine ``--cpu-time`` counts the seconds that the process had. ``--wide`` takes the widened target (520 M
+parameters). Writes benchmarks/results/lookups.json, or lookups_wide.json.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from specdec.drafters.suffix import SuffixDrafter
 from specdec.machine import machine
 from specdec.sequences import Row, Sequences, Step
 from specdec.training.data import gather
+from widen import wide_pair
 
-RESULTS = Path(__file__).parent / "results/lookups.json"
+RESULTS = Path(__file__).parent / "results"
 LENGTHS: tuple[int | str, ...] = (4, 8, 15, AUTO)
 PROMPT_TOKENS, NEW_TOKENS = 400, 256
 FUNCTION_TOKENS = range(150, 400)
@@ -161,21 +163,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--texts", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", help="of texts; all by default")
+    parser.add_argument("--wide", action="store_true")
     parser.add_argument("--cpu-time", action="store_true")
     given = parser.parse_args()
     if given.cpu_time:
         torch.set_num_threads(1)
         time.perf_counter = time.process_time
     console = Console()
-    engine = load(demo_pair(console) / "target", dtype=fast_dtype_name())
+    pair = demo_pair(console)
+    engine = load(wide_pair(pair)[0] if given.wide else pair / "target", dtype=fast_dtype_name())
     found = kinds(engine, given.texts)
+    if unknown := set(given.kinds or ()) - set(found):
+        parser.error(f"kinds of text are {', '.join(found)}, got {', '.join(sorted(unknown))}")
+    found = {kind: texts for kind, texts in found.items() if kind in (given.kinds or found)}
     dictation = Dictation(engine)
     figures = {}
     for kind, texts in found.items():
         measured = measure(dictation, texts, given.rounds)
         console.print(bench.table(measured, f"{kind}: {len(texts)} texts"))
         figures[kind] = [one.as_dict() for one in measured]
-    RESULTS.write_text(
+    (RESULTS / f"lookups{'_wide' if given.wide else ''}.json").write_text(
         json.dumps({"machine": machine(), "cpu_time": given.cpu_time, "cells": figures}, indent=1) + "\n",
         encoding="utf-8",
     )
