@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from specdec.errors import FallbackWarning
 from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
 from specdec.lm.cpu import CpuLM
@@ -32,7 +34,8 @@ def _on_gpu(model: GPT) -> CachedLM:
     try:
         from specdec.lm.cuda import CudaLM
     except ImportError as error:  # torch comes without triton on some systems
-        raise LookupError(f"no kernels without triton: {error}") from error
+        warnings.warn(f"torch runs the model, slower than its kernels would: {error}", FallbackWarning, stacklevel=3)
+        raise LookupError(str(error)) from error
     return CudaLM(model)
 
 

@@ -71,7 +71,7 @@ class CudaModel:
         blocks = _blocks(model)
         attention = blocks[0].self_attn
         self.heads, self.groups, self.head_dim = attention.heads, attention.groups, attention.head_dim
-        self.epsilon = model.config.rms_norm_eps
+        self.config, self.epsilon = model.config, model.config.rms_norm_eps
         self.embedding = model.embed_tokens.weight.detach()
         self.head, self.norm = Weights.of(model.lm_head), model.norm.weight.detach()
         self.layers = [_layer(block) for block in blocks]

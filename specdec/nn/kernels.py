@@ -242,6 +242,7 @@ def attend(
         found = found * fading[:, None] + tl.dot(weights.to(dtype), value, input_precision="ieee")
         best = peak
     if ALONE:
+        total = tl.where(is_query, total, 1.0)
         tl.store(mixed + places, (found / total[:, None]).to(dtype), wanted)
     else:
         chunk_of = chunk.to(tl.int64) * tokens_of_pass * HEADS

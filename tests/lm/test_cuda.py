@@ -19,7 +19,7 @@ from specdec import Engine, Output
 from specdec.drafters.model import ModelDrafter
 from specdec.lm import cuda as lm_cuda
 from specdec.lm.base import CachedLM
-from specdec.lm.cuda import CudaLM
+from specdec.lm.cuda import ROWS, CudaLM
 from specdec.lm.native import NativeLM, native_lm
 from specdec.lm.paged import BLOCK
 from specdec.nn import cuda as nn_cuda
@@ -119,6 +119,21 @@ def test_an_engine_gives_the_texts_of_torch(settings: dict[str, Any]) -> None:
     found = generated(CudaLM)
     assert found.token_ids == generated(NativeLM).token_ids
     assert found.stats.num_accepted_tokens > 0
+
+
+@torch.inference_mode()
+def test_any_number_of_rows() -> None:
+    lm = CudaLM(tiny_gpt(0, layers=1).to(DEVICE))
+    most = ROWS[-1]
+    lm.reserve(most + 1, 2)
+    for rows in (5, 65, most, most + 1):
+        shape = lm._shape(rows, 1, 2)
+        assert shape.rows >= rows and (shape.rows in ROWS) == (rows <= most)
+    tokens = torch.arange(5, device=DEVICE).unsqueeze(1)  # a sixth row makes up the number
+    logits = lm.append(tokens)
+    assert logits.shape == (5, 1, 61)
+    expected = [logits_of(tiny_gpt(0, layers=1).to(DEVICE), [token])[0] for token in range(5)]
+    torch.testing.assert_close(logits[:, 0], torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_models_without_kernels_are_refused() -> None:
