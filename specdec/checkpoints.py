@@ -42,8 +42,12 @@ def load_lm(model: ModelLike, *, dtype: torch.dtype | None = None, device: torch
     """A model with a cache: ours for every checkpoint it can run, Hugging Face's own code for all others."""
     if isinstance(model, CachedLM):
         return model
-    in_bytes = dtype is torch.int8 and isinstance(model, str | Path)
-    return lm_of(load_module(model, dtype=dtype, device=device), in_bytes=in_bytes)
+    return lm_of(load_module(model, dtype=dtype, device=device), in_bytes=is_rounded(model, dtype))
+
+
+def is_rounded(model: ModelLike, dtype: torch.dtype | None) -> bool:
+    """Whether ``dtype`` asks for weights in bytes; models that come as objects stay as they are."""
+    return dtype is torch.int8 and isinstance(model, str | Path)
 
 
 def lm_of(model: nn.Module, *, in_bytes: bool = False) -> CachedLM:

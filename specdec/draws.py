@@ -46,9 +46,9 @@ class _Drafting(Structure):
 class Drawing:
     """How a draft model draws what it goes on with: of the softmax of its logits / temperature, row by row.
 
-    temperatures (float32), seeds and starts [B], on the processor; it writes the laws into ``laws`` [B, K, V]. ``coupled``: with the noise
-    of the target's draws. On a processor ``function`` and ``asked`` are addresses of a ``Choose`` of nn/cpu.c and of what
-    it wants to know; None elsewhere.
+    temperatures (float32), seeds and starts [B], on the processor; the laws go into ``laws`` [B, K, V]. ``coupled``: with
+    the noise of the target's draws. Where ``laws`` are on the processor too, ``function`` and ``asked`` are addresses of a
+    ``Choose`` of nn/cpu.c and of what it wants to know; None elsewhere.
     """
 
     def __init__(

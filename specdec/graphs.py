@@ -60,6 +60,8 @@ class Graphs:
         results = function(*placed)
         if records and key in self._asked:  # its kernels are compiled by now
             self._record(key, function, placed)
+        elif len(self._asked) >= 4 * _MOST_GRAPHS:
+            self._asked.clear()  # keys of filters that never come again must not pile up
         self._asked.add(key)
         return results
 

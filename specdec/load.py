@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from specdec.checkpoints import (
@@ -18,6 +17,7 @@ from specdec.checkpoints import (
     device_named,
     dtype_named,
     find_tokenizer,
+    is_rounded,
     lm_of,
     load_module,
 )
@@ -70,7 +70,7 @@ def load(
         model, target_lm = None, target
     else:
         model = load_module(target, dtype=wanted, device=place)
-        target_lm = lm_of(model, in_bytes=wanted is torch.int8 and isinstance(target, str | Path))
+        target_lm = lm_of(model, in_bytes=is_rounded(target, wanted))
     tokenizer = tokenizer or find_tokenizer(target)
     vocab_size = _real_vocab_size(target_lm, tokenizer)
     drafts = dtype_named(dtype if draft_dtype is None else draft_dtype)

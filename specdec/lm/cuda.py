@@ -19,24 +19,8 @@ from specdec.nn.cuda import CHUNK, MOST_TOKENS, CudaModel, Pass
 from specdec.nn.gpt import GPT
 from specdec.sampling import Randomness
 
-ROWS = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    8,
-    12,
-    16,
-    24,
-    32,
-    48,
-    64,
-    96,
-    128,
-    192,
-    MOST_TOKENS,
-)  # of recorded passes: each is recorded for one number of rows
+# Of recorded passes: each is recorded for one number of rows.
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, MOST_TOKENS)
 
 
 class CudaLM(PagedLM):

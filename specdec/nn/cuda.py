@@ -47,9 +47,10 @@ class Layer(NamedTuple):
 class Pass(NamedTuple):
     """What a pass over B rows of T tokens reads; int64 tensors on the model's device.
 
-    ids [B, T]; lengths and committed [B]: tokens in the cache, and how many of them are no tree. blocks [B, n]:
-    addresses of the rows' blocks. longest: an upper bound of a row's tokens. Of trees, depths and seen [B, T]: how many
-    nodes are above a token's, and which of the row's uncommitted tokens it looks at, a bit for each.
+    ids [B, T]; lengths and committed [B]: tokens in the cache, and how many of them are no tree. blocks [B, n]: where the
+    rows' blocks are, counted in numbers from ``memory``, a block itself. longest: an upper bound of a row's tokens. Of
+    trees, depths and seen [B, T]: how many nodes are above a token's, and which of the row's uncommitted tokens it looks
+    at, a bit for each.
     """
 
     ids: Tensor
@@ -136,8 +137,8 @@ class CudaModel:
         tile = min(most, max(16, triton.next_power_of_2(pairs)))
         wide = max(16, triton.next_power_of_2(self.head_dim))
         kernels.attend[rows * -(-pairs // tile), self.groups, chunks](
-            queries, read.memory, read.blocks, stride, read.lengths, read.committed, read.seen, mixed, parts, peaks, rows * width,
-            width, number, self.head_dim**-0.5,
+            queries, read.memory, read.blocks, stride, read.lengths, read.committed, read.seen, mixed, parts, peaks,
+            rows * width, width, number, self.head_dim**-0.5,
             CHUNK=CHUNK if chunks > 1 else 0, ALONE=chunks == 1, TREE=read.seen is not None, WIDE=wide, TILE=tile,
             STAGES=max(1, min(3, _SHARED // (2 * self.block * wide * self.dtype.itemsize))), **shape,
         )  # fmt: skip

@@ -109,7 +109,7 @@ def turn(
     lengths,  # [B]: tokens in the cache before the pass
     committed,  # [B]: those of them that are no tree
     depths,  # [M]: of a tree's nodes
-    memory,
+    memory,  # a block; the others are where their distance from it says
     blocks,  # [B, stride]: where the row's blocks are, counted from ``memory``
     stride,
     queries,  # [M, H, D]
