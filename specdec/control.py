@@ -19,10 +19,12 @@ from specdec.stats import Decisions
 AUTO = "auto"
 DEFAULT_DRAFT_TOKENS = 4
 
+_MANY = 1 << 20  # passes
 _PROBE_SHARE = 0.01  # of all time may be lost by trying
 _GRACE = 8.0  # plain steps whose time it may lose beyond it
 _MOST_AT_ONCE = 4.0  # plain steps, lost by one step; what took longer was disturbed, or is measured again and given up
 _CHECK = 5  # plain steps that are measured before any draft, and before it is believed that drafts lose
+_MEASURED_PASSES = 4  # of a plain step that is measured; one of several counts twice
 _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many after each that showed nothing
 _PROBE_STEPS, _PROBE_TOKENS = 8, 2  # of one such try; the first ones take longer than others
 _LEAST_READ = 32  # unread tokens that say what reading costs
@@ -48,6 +50,10 @@ class Controller(Protocol):
 
     decisions: Decisions
 
+    @property
+    def plain_passes(self) -> int:
+        """If the latest choice was to draft nothing: how many passes it holds for, whatever they bring."""
+
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         """Draft lengths of the live rows."""
 
@@ -61,6 +67,10 @@ class FixedLength:
     def __init__(self, num_draft_tokens: int) -> None:
         self.num_draft_tokens = num_draft_tokens
         self.decisions = Decisions()
+
+    @property
+    def plain_passes(self) -> int:
+        return 1 if self.num_draft_tokens else _MANY
 
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         return [min(self.num_draft_tokens, limit) for limit in sequences.draft_limits()]
@@ -110,6 +120,7 @@ class Adaptive:
         self._depth = 0  # of the longest of them
         self._stay = _STAY
         self._check = 0  # plain steps to measure before anything else
+        self._sure = 1  # passes that the latest choice holds for, if it is to draft nothing
         self._rest = 0  # steps of plain decoding before anything is thought about again
         self._next_rest, self._rested = _REST, 0  # steps of the next rest, and of the last one
         self._free = True  # whether rows whose drafts cost passes of a model go without
@@ -117,6 +128,10 @@ class Adaptive:
         self._spell: list[Timed] = []  # steps since the last decision, of which nothing was learned yet
         self._tries = False  # whether the draft is made to see what passes cost
         self._runs_model: NDArray[np.bool_] | None = None  # which rows these are; None for none
+
+    @property
+    def plain_passes(self) -> int:
+        return self._sure
 
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         rows, ids = len(sequences.rows), [row.id for row in sequences.rows]
@@ -127,8 +142,10 @@ class Adaptive:
         if rows != self._rows:
             self._rows, self._rest, self._next_rest, self._tries = rows, 0, _REST, False
         if self._check or self._rest:
+            self._sure = _MEASURED_PASSES if self._check else self._rest
             self._check, self._rest = max(0, self._check - 1), max(0, self._rest - 1)
             return [0] * rows
+        self._sure = 1
         self._age = -1 if self._tries and self._last_try > self._spare() else self._age - 1
         foresight: Foresight | None = drafter if hasattr(drafter, "outlook") else None  # type: ignore[assignment]
         self._is_restless = foresight is not None and not self._is_dear
@@ -142,6 +159,7 @@ class Adaptive:
             self._decide(sequences, foresight, limits)
             taken = time.perf_counter() - started
             self._is_dear = self.costs.knows(rows, 0) and taken > _DEAR * float(self.costs.passes(rows, 0)[0])
+            self._sure = 1 + self._rest if self._knows_plain else _MEASURED_PASSES
         lengths = self._lengths
         if not self._free and any(lengths):
             self._probing = 0
@@ -154,14 +172,18 @@ class Adaptive:
 
     def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
         _count(self.decisions, step)
-        self._since += 1
-        self._alike = self._alike + 1 if any(step.drafted) == self._drafted else 1
+        self._since += step.passes
+        self._alike = self._alike + step.passes if any(step.drafted) == self._drafted else step.passes
         self._drafted = any(step.drafted)
+        self._check, self._rest = max(0, self._check - (step.passes > 1)), max(0, self._rest - step.passes + 1)
         if self._rest:  # nothing is decided before the last step of one
-            self._rested += 1
+            self._rested += step.passes
+        elif step.is_first:  # what it took says nothing
+            self._experience.count_chains([row.id for row in step.rows], [step.drafted], [step.accepted])
         else:
             unread = self._unread(step.rows) if draft_seconds else 0
-            self._spell.append(Timed(step, draft_seconds, step_seconds, unread, self._alike > _SETTLES))
+            is_settled = self._alike - step.passes // 2 > _SETTLES
+            self._spell.append(Timed(step, draft_seconds, step_seconds, unread, is_settled))
             if draft_seconds:
                 self._since = 0
                 self._has_read = {row.id for row in step.rows} if unread else self._has_read
@@ -185,7 +207,7 @@ class Adaptive:
 
     def _learn(self, spell: list[Timed]) -> None:
         """Learn from steps of the same rows and the same choice."""
-        first, rows, count = spell[0].step, len(spell[0].step.rows), len(spell)
+        first, rows, count = spell[0].step, len(spell[0].step.rows), sum(timed.step.passes for timed in spell)
         for timed in spell:
             self._time(timed, rows)
         width = max(max(timed.step.drafted) for timed in spell)
@@ -203,7 +225,7 @@ class Adaptive:
 
     def _account_for(self, spell: list[Timed], brought: float, *, is_try: bool) -> None:
         """Enter steps into what drafts and tries may lose; ``brought`` are their tokens per row."""
-        first, rows, count = spell[0].step, len(spell[0].step.rows), len(spell)
+        first, rows, count = spell[0].step, len(spell[0].step.rows), sum(timed.step.passes for timed in spell)
         width = max(max(timed.step.drafted) for timed in spell)
         by_model = sum(timed.draft_seconds for timed in spell)
         # What the machine does besides disturbs single steps, long ones more often, so accounts are kept in usual seconds.
@@ -231,7 +253,7 @@ class Adaptive:
 
     def _time(self, timed: Timed, rows: int) -> None:
         """Note what one step took."""
-        width = max(timed.step.drafted)
+        width, seconds = max(timed.step.drafted), timed.step_seconds / timed.step.passes
         if timed.unread >= _LEAST_READ:
             expected = min(timed.draft_seconds, float(self.costs.drafts(rows, width)[width]))
             self.costs.count_reading((timed.draft_seconds - expected) / timed.unread)
@@ -245,8 +267,8 @@ class Adaptive:
             if is_settled or not self.costs.knows(rows, 0):
                 self._since_settled = 0
             # Even a plain step that follows others takes at most that long, so what is believed is too much.
-            is_settled |= self.costs.is_settled(rows) and timed.step_seconds < self.costs.passes(rows, 0)[0]
-        self.costs.count_pass(rows, sum(timed.step.drafted), timed.step_seconds + self._care, is_settled=is_settled)
+            is_settled |= self.costs.is_settled(rows) and seconds < self.costs.passes(rows, 0)[0]
+        self.costs.count_pass(rows, sum(timed.step.drafted), seconds + self._care, is_settled=is_settled)
 
     def _book(self, seconds: float, plain: float, brought: float | None) -> None:
         """Note a step that was no try; where drafts have lost too much, measure plain decoding before that is believed."""
@@ -364,4 +386,4 @@ class Adaptive:
 
 def _count(decisions: Decisions, step: Step) -> None:
     width = max(step.drafted)
-    decisions.lengths[width] = decisions.lengths.get(width, 0) + 1
+    decisions.lengths[width] = decisions.lengths.get(width, 0) + step.passes

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec import tree, verify
 from specdec.admission import Admission
+from specdec.ahead import Ahead
 from specdec.control import Adaptive, Controller, FixedLength
 from specdec.costs import Costs, read_costs, write_costs
 from specdec.draft import Draft, Drafter
@@ -82,7 +83,7 @@ class Engine:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.limits = Limits(vocab_size or target.vocab_size, target.context, eos_ids)
         self.busy = False
-        self.graphs = Graphs(target.device)
+        self.graphs, self.ahead = Graphs(target.device), Ahead(target)
         self._costs_file, self._costs_written = costs_file, 0.0
         self._controllers: dict[str, Adaptive] = {}
 
@@ -219,9 +220,30 @@ class Call:
     def _step(self) -> Step:
         sequences, drafter = self.sequences, self.drafter
         sequences.begin_step()
-        watch, in_model = Stopwatch(), _model_seconds(drafter)
+        watch, in_model, prepared = Stopwatch(), _model_seconds(drafter), Graphs.preparations
         draft, proposing = self._propose()
         is_plain = draft.tokens.shape[1] == 0
+        most = self.controller.plain_passes if is_plain and not self.plain_next else 1
+        step = self.engine.ahead.run(sequences, most) or self._read(draft, is_plain=is_plain)
+        self.plain_next = bool(step.retried)
+        if drafter is not None:
+            drafter.observe(step)
+        self._count(step)
+        # A GPU drafts while the host goes on: what it took is known by now. Lookups count as part of the step.
+        drafting = _model_seconds(drafter) - in_model
+        if drafting > 0:
+            drafting = max(drafting, proposing)
+        taken = watch.lap() - drafting
+        if Graphs.preparations > prepared:
+            step = replace(step, is_first=True)
+        elif is_plain:
+            self.engine.ahead.observe(step, taken)
+        self.controller.observe(step, drafting, taken)
+        return step
+
+    def _read(self, draft: Draft, *, is_plain: bool) -> Step:
+        """One pass over a draft, judged, and what it leaves entered."""
+        sequences = self.sequences
         tokens = sequences.last_tokens_here if is_plain else torch.cat([sequences.last_tokens, draft.tokens], dim=1)
         # Elsewhere asking for the lengths would be one more synchronisation; padding is then read as well.
         counts = (draft.lengths + 1).tolist() if draft.lengths.is_cpu else None
@@ -234,15 +256,6 @@ class Call:
             step = self._commit_tree(logits, draft)
         for slot in step.retried:
             self.target.forget(slot)
-        self.plain_next = bool(step.retried)
-        if drafter is not None:
-            drafter.observe(step)
-        self._count(step)
-        # A GPU drafts while the host goes on: what it took is known by now. Lookups count as part of the step.
-        drafting = _model_seconds(drafter) - in_model
-        if drafting > 0:
-            drafting = max(drafting, proposing)
-        self.controller.observe(step, drafting, watch.lap() - drafting)
         return step
 
     def _commit_tree(self, logits: Tensor, draft: Draft) -> Step:
@@ -313,7 +326,7 @@ class Call:
             self.drafter.reserve(self.admission.places, length)
 
     def _count(self, step: Step) -> None:
-        self.stats.num_target_passes += 1
+        self.stats.num_target_passes += step.passes
         depths = step.depths or step.drafted
         for counts in zip(step.drafted, step.accepted, step.committed, depths, strict=True):
             self.stats.count_row(*counts)

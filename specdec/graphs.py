@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,11 @@ class _Recorded(NamedTuple):
 class Graphs:
     """What was recorded on one device; on a processor functions just run.
 
-    What ``run`` returns is valid until the same function runs again.
+    What ``run`` returns is valid until the same function runs again. ``preparations`` counts, for all devices, how often one
+    ran that will be recorded: times of such runs say nothing about the next ones.
     """
+
+    preparations: ClassVar[int] = 0
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.records = device, device.type == "cuda"
@@ -63,6 +66,7 @@ class Graphs:
         elif len(self._asked) >= 4 * _MOST_GRAPHS:
             self._asked.clear()  # keys of filters that never come again must not pile up
         self._asked.add(key)
+        Graphs.preparations += records
         return results
 
     def _record(self, key: object, function: Callable[..., Results], inputs: list[Tensor]) -> None:

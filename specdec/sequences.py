@@ -118,7 +118,8 @@ class Step:
 
     ``retried`` rows met NaN or infinity in a pass that read drafts. A refused token may be to blame, so nothing entered:
     their caches are read anew, and the next step drafts nothing. Of trees, ``paths`` are the places of the accepted
-    tokens among those proposed, and ``depths`` how many could have been accepted; ``drafted`` counts all of them.
+    tokens among those proposed, and ``depths`` how many could have been accepted; ``drafted`` counts all of them. Without
+    drafts a round may be of several ``passes``. ``is_first``: something was prepared for it that others like it will find.
     """
 
     rows: list[Row]
@@ -129,6 +130,8 @@ class Step:
     retried: list[int] = field(default_factory=list)
     paths: list[list[int]] | None = None
     depths: list[int] | None = None
+    passes: int = 1
+    is_first: bool = False
 
 
 class Sequences:
@@ -192,6 +195,11 @@ class Sequences:
         return self._placed
 
     @property
+    def runs_alone(self) -> bool:
+        """Whether nobody wants to see the logits of a plain pass, or to change them."""
+        return not (self._reads_prefix or self._logprobs or self._record)
+
+    @property
     def only_largest(self) -> bool:
         """Whether the largest of a drafter's own logits is all that is asked for."""
         return self.greedy and not self._reads_prefix
@@ -246,12 +254,15 @@ class Sequences:
             logits[b, 0] = row.processors.draft(row.new_tokens, drafted[b], logits[b, 0])
         return laws(logits, self.filters)
 
-    def drawing(self, laws: Tensor) -> draws.Drawing | None:
-        """How a drafter draws tokens at once and fills their ``laws`` [B, K, V]; None where it takes more than that."""
+    def drawing(self, laws: Tensor, *, coupled: bool | None = None) -> draws.Drawing | None:
+        """How tokens are drawn at once and their ``laws`` [B, K, V] filled; None where it takes more than that.
+
+        ``coupled``: with the target's noise; by default as drafters do.
+        """
         temperatures = [found for row in self.rows if (found := row.filters.temperature) is not None]
         if self._reads_prefix or len(temperatures) < len(self.rows):
             return None
-        return draws.Drawing(temperatures, *self.keys_here, laws, coupled=self.coupled)
+        return draws.Drawing(temperatures, *self.keys_here, laws, coupled=self.coupled if coupled is None else coupled)
 
     def commit(self, logits: Tensor, is_sound: Tensor, draft: Draft, verdict: Verdict) -> Step:
         """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation.
@@ -278,6 +289,13 @@ class Sequences:
             elif not sound:
                 step.retried.append(b)
         return step
+
+    def commit_passes(self, tokens: Sequence[Sequence[int]]) -> Step:
+        """Enter what several plain passes gave into every row, [B, n]."""
+        nothing, passes = [0] * len(self.rows), len(tokens[0])
+        committed = [row.commit(own, 0) for row, own in zip(self.rows, tokens, strict=True)]
+        finished = [b for b, row in enumerate(self.rows) if row.finish_reason is not None]
+        return Step(list(self.rows), nothing, nothing, committed, finished, passes=passes)
 
     def remove(self, slots: Sequence[int], copy: Callable[[int, int], None]) -> None:
         """Drop the rows in ``slots``; the last rows move into the holes through ``copy(source, target)``."""

@@ -57,9 +57,9 @@ class Stats:
     def count_row(self, drafted: int, accepted: int, committed: int, depth: int | None = None) -> None:
         """Add one row's part of one step: tokens proposed, kept, and entered into the text.
 
-        ``depth``: of a tree, how many of its tokens could have been kept.
+        ``depth``: of a tree, how many of its tokens could have been kept. Without a draft every token had a pass of its own.
         """
-        self.num_row_steps += 1
+        self.num_row_steps += 1 if drafted else max(1, committed)
         self.num_generated_tokens += committed
         if drafted == 0:
             return

@@ -66,6 +66,8 @@ class World:
             accepted=accepted,
             committed=[n + 1 for n in accepted],
             finished=[],
+            passes=1,
+            is_first=False,
         )
         drafting, verifying = width * self.draft, self.pass_seconds(sum(lengths))
         drafting += self.reading * self.unread * (width > 0)

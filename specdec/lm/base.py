@@ -127,6 +127,15 @@ class CachedLM(ABC):
         """
         return None
 
+    def go_on(self, tokens: Tensor, count: int, choices: int, drawing: Drawing | None) -> Tensor | None:
+        """Read tokens [B, 1] and those that follow: [B, n] of the first ``choices`` ids, up to ``count``; the last is unread.
+
+        They are what one pass after another would give: the likeliest, or drawn as ``drawing`` says, with the target's
+        noise. -1 where no token can be drawn; there may also be fewer, none even. None, and nothing read, where this is no
+        faster than single passes.
+        """
+        return None
+
     @torch.inference_mode()
     def fill(self, texts: Sequence[Sequence[int]], *, first: int = 0) -> None:
         """Read and commit one text per slot, whatever their lengths, in passes of bounded size; no logits."""

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.draws import Drawing
+from specdec.draws import Drawing, choose_certain
 from specdec.errors import PromptError
 from specdec.lm.paged import BLOCK, PagedCache, PagedLM
 from specdec.nn import cpu
@@ -108,6 +108,15 @@ class CpuLM(PagedLM):
             return None
         chosen, number, logits = found
         return (chosen, None) if number == count else (chosen[:, :number], logits[:, None, :choices])
+
+    @torch.inference_mode()
+    def go_on(self, tokens: Tensor, count: int, choices: int, drawing: Drawing | None) -> Tensor | None:
+        function = choose_certain() if drawing is None else drawing.function
+        if self.tapped or choices > self.vocab_size or function is None:
+            return None
+        asked = None if drawing is None else drawing.asked
+        found = self._chain(tokens, [1] * len(tokens), count, choices, function, asked)
+        return None if found is None else found[0][:, : found[1]]
 
     def _chain(
         self, tokens: Tensor, counts: Sequence[int], count: int, choices: int, function: int | None, asked: int | None

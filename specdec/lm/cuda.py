@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from specdec.draws import Drawing
 from specdec.graphs import Graphs, Results
@@ -17,10 +18,10 @@ from specdec.lm.paged import BLOCK, PagedCache, PagedLM
 from specdec.nn import cuda
 from specdec.nn.cuda import CHUNK, MOST_TOKENS, CudaModel, Pass
 from specdec.nn.gpt import GPT
-from specdec.sampling import Randomness
+from specdec.sampling import Randomness, is_law, largest
 
-# Of recorded passes: each is recorded for one number of rows.
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, MOST_TOKENS)
+# Rows of recorded passes, and tokens of each: recording takes as long as a hundred passes, so what is in between is made up.
+SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, MOST_TOKENS)
 
 
 class CudaLM(PagedLM):
@@ -54,7 +55,7 @@ class CudaLM(PagedLM):
         """Logits [B, T, V]; without ``needs_logits`` hidden states instead."""
         rows, width = tokens.shape
         shape = self._shape(rows, width, max(lengths))
-        numbers = self._numbers(shape, lengths, [width] * rows, first)
+        numbers = self._numbers(shape, lengths, [shape.width] * rows, first)
         found, *kept = self._graphs.run(
             ("pass", shape, self.tapped, needs_logits, tokens.is_cpu),
             partial(_read, self.model, self._spare, shape, self.tapped, needs_logits),
@@ -62,8 +63,8 @@ class CudaLM(PagedLM):
             records=shape.is_small,
         )
         if self.tapped:
-            self._outputs = torch.cat(kept, dim=-1).view(shape.rows, width, -1)[:rows]
-        return found.view(shape.rows, width, -1)[:rows].clone()  # the next pass of this shape writes over it
+            self._outputs = torch.cat(kept, dim=-1).view(shape.rows, shape.width, -1)[:rows, :width]
+        return found.view(shape.rows, shape.width, -1)[:rows, :width].clone()  # the next such pass writes over it
 
     def _placed(self, tokens: Tensor) -> Tensor:
         return tokens  # those that the host knows go to the GPU with all else that a pass is told
@@ -74,8 +75,8 @@ class CudaLM(PagedLM):
     def _told(self, shape: Shape, tokens: Tensor, numbers: NDArray[np.int64]) -> Results:
         """``numbers``, with tokens [b, T] in them, or behind them where these are on the GPU."""
         if not tokens.is_cpu:
-            return torch.from_numpy(numbers), shape.fitted(tokens)
-        shape.parts(numbers).ids[: len(tokens)] = tokens.numpy()
+            return torch.from_numpy(numbers), shape.fitted(functional.pad(tokens, (0, shape.width - tokens.shape[1])))
+        shape.parts(numbers).ids[: len(tokens), : tokens.shape[1]] = tokens.numpy()
         return (torch.from_numpy(numbers),)
 
     @torch.inference_mode()
@@ -95,16 +96,26 @@ class CudaLM(PagedLM):
         drawing.laws.copy_(found[1])
         return found[0].clone(), None
 
+    @torch.inference_mode()
+    def go_on(self, tokens: Tensor, count: int, choices: int, drawing: Drawing | None) -> Tensor | None:
+        if self.tapped or choices > self.vocab_size:
+            return None
+        given = () if drawing is None else (drawing.temperatures, drawing.seeds, drawing.starts)
+        chain = Chain(count, choices, drawing is not None, coupled=True, is_own=True)
+        found = self._chain(tokens, [1] * len(tokens), chain, *given)
+        return None if found is None else found[0]
+
     def _chain(self, tokens: Tensor, counts: Sequence[int], chain: Chain, *given: Tensor) -> Results | None:
         """Tokens [B, count] of a chain, and their laws if they are drawn; None where it is not worth being recorded."""
         rows, width = tokens.shape
         lengths = [length + more for length, more in zip(self.lengths[:rows], self._pending, strict=False)]
         self._is_tree = False
+        asked, chain = chain.steps, chain._replace(steps=_size(chain.steps))
         shape = self._shape(rows, width, max(lengths) + chain.steps - 1)
         if not shape.is_small:
             return None
         with self.clock.timed():
-            room = [max(width, more + chain.steps - 1) for more in counts]
+            room = [max(shape.width, more + chain.steps - 1) for more in counts]
             numbers = self._numbers(shape, lengths, room, 0, counts)
             found = self._graphs.run(
                 ("chain", shape, chain),
@@ -112,11 +123,11 @@ class CudaLM(PagedLM):
                 *self._told(shape, tokens.cpu(), numbers),
                 *map(shape.fitted, given),
             )
-        self._read(rows, 0, [more + chain.steps - 1 for more in counts], 0)
-        return tuple(part[:rows] for part in found)
+        self._read(rows, 0, [more + asked - 1 for more in counts], 0)
+        return tuple(part[:rows, :asked] for part in found)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return torch.nn.functional.embedding(tokens, self.model.embedding)
+        return functional.embedding(tokens, self.model.embedding)
 
     def project(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
@@ -132,9 +143,9 @@ class CudaLM(PagedLM):
         if rows * width > MOST_TOKENS:
             return Shape(rows, width, -(-(longest + width) // BLOCK) * BLOCK, self._is_tree)
         bound = CHUNK
-        while bound < longest + width:
+        while bound < longest + _size(width):
             bound *= 2
-        return Shape(next(n for n in ROWS if n >= rows), width, bound, self._is_tree)
+        return Shape(_size(rows), _size(width), bound, self._is_tree)
 
     def _numbers(
         self,
@@ -162,6 +173,11 @@ class CudaLM(PagedLM):
             given.depths[b, : len(tree) - here.start] = tree.depths[here]
             given.seen[b, : len(tree) - here.start] = np.array(tree.seen[here], dtype=np.uint64).view(np.int64)
         return numbers
+
+
+def _size(count: int) -> int:
+    """The number of rows, or of tokens, that passes are recorded for which have ``count``."""
+    return next(size for size in SIZES if size >= count)
 
 
 class Numbers(NamedTuple):
@@ -216,12 +232,16 @@ class Shape(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """``steps`` tokens, one after another, of the first ``choices`` ids: the likeliest, or drawn (see ``Drawing``)."""
+    """``steps`` tokens, one after another, of the first ``choices`` ids: the likeliest, or drawn (see ``Drawing``).
+
+    Where ``is_own`` they are no guesses but the model's text: -1 stands where none can be drawn, and laws are not kept.
+    """
 
     steps: int
     choices: int
     drawn: bool = False
     coupled: bool = False
+    is_own: bool = False
 
 
 def _read(
@@ -252,13 +272,16 @@ def _go_on(model: CudaModel, memory: Tensor, shape: Shape, chain: Chain, numbers
     laws: list[Tensor] = []
     for place in range(chain.steps):
         if place > 0:
-            here = told._replace(ids=chosen[-1], lengths=lengths, committed=lengths)
+            ids = chosen[-1].clamp(min=0) if chain.is_own else chosen[-1]
+            here = told._replace(ids=ids, lengths=lengths, committed=lengths)
             hidden, _ = model.forward(single.described(here, memory))
             lengths = lengths + 1
         logits = model.logits(hidden)[:, : chain.choices]
         if drawn is None:
-            chosen.append(logits.argmax(-1, keepdim=True))
-        else:
-            laws.append((logits / given[0].unsqueeze(1)).softmax(-1).unsqueeze(1))
-            chosen.append(drawn.draft(place, laws[-1]))
-    return torch.cat(chosen, dim=1), *([torch.cat(laws, dim=1)] if laws else [])
+            chosen.append(largest(logits.unsqueeze(1)) if chain.is_own else logits.argmax(-1, keepdim=True))
+            continue
+        # As torch divides by a number on a GPU: plain passes give the same bits.
+        laws.append((logits * given[0].reciprocal().unsqueeze(1)).softmax(-1).unsqueeze(1))
+        token = drawn.draft(place, laws[-1])
+        chosen.append(torch.where(is_law(laws[-1]), token, -1) if chain.is_own else token)
+    return torch.cat(chosen, dim=1), *([torch.cat(laws, dim=1)] if laws and not chain.is_own else [])

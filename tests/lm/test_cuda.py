@@ -19,7 +19,7 @@ from specdec import Engine, Output
 from specdec.drafters.model import ModelDrafter
 from specdec.lm import cuda as lm_cuda
 from specdec.lm.base import CachedLM
-from specdec.lm.cuda import ROWS, CudaLM
+from specdec.lm.cuda import SIZES, CudaLM
 from specdec.lm.native import NativeLM, native_lm
 from specdec.lm.paged import BLOCK
 from specdec.nn import cuda as nn_cuda
@@ -124,11 +124,11 @@ def test_an_engine_gives_the_texts_of_torch(settings: dict[str, Any]) -> None:
 @torch.inference_mode()
 def test_any_number_of_rows() -> None:
     lm = CudaLM(tiny_gpt(0, layers=1).to(DEVICE))
-    most = ROWS[-1]
+    most = SIZES[-1]
     lm.reserve(most + 1, 2)
     for rows in (5, 65, most, most + 1):
         shape = lm._shape(rows, 1, 2)
-        assert shape.rows >= rows and (shape.rows in ROWS) == (rows <= most)
+        assert shape.rows >= rows and (shape.rows in SIZES) == (rows <= most)
     tokens = torch.arange(5, device=DEVICE).unsqueeze(1)  # a sixth row makes up the number
     logits = lm.append(tokens)
     assert logits.shape == (5, 1, 61)
