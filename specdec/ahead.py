@@ -1,46 +1,53 @@
-"""Plain decoding, several passes at once where nobody has to look in between: the host's part of a step is paid once."""
+"""How far decoding may run ahead: several rounds at once, where nobody has to look in between."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
+from specdec.draft import Drafter
+from specdec.drafters.model import ModelDrafter
 from specdec.lm.base import CachedLM
-from specdec.sequences import Sequences, Step
+from specdec.rounds import Played, Rounds
+from specdec.sequences import Sequences
 
-_MOST_PASSES = 8
+_MOST_ROUNDS = 64
 _MOST_SECONDS = 0.02  # that who reads along waits for all of them
 
 
 class Ahead:
-    """Knows how long plain passes of ``target`` take, and runs as many at once as that allows."""
+    """Knows how long rounds of ``target`` take, and plays as many at once as that allows."""
 
     def __init__(self, target: CachedLM) -> None:
         self._target = target
-        self._seconds = _MOST_SECONDS  # of one pass, lately
+        self._seconds: dict[bool, float] = {}  # of a round that drafts, and of one that does not
 
-    def observe(self, step: Step, seconds: float) -> None:
-        """A step that drafted nothing."""
-        self._seconds = seconds / step.passes
+    def observe(self, drafts: bool, seconds: float) -> None:
+        """What a round took."""
+        self._seconds[drafts] = seconds
 
-    def run(self, sequences: Sequences, most: int) -> Step | None:
-        """Up to ``most`` plain passes, their tokens entered; None, and nothing done, where single ones are no slower."""
-        most = min(most, _MOST_PASSES, 1 + min(sequences.draft_limits()), int(_MOST_SECONDS / self._seconds))
+    def play(
+        self, sequences: Sequences, drafter: Drafter | None, lengths: Sequence[int], most: int, rule: str
+    ) -> Played | None:
+        """Up to ``most`` rounds with drafts of these lengths; None, and nothing done, where single steps are as good."""
+        drafts = any(lengths)
+        places = zip(sequences.draft_limits(), lengths, strict=True)
+        room = min((limit + 1) // (length + 1) for limit, length in places)
+        most = min(most, _MOST_ROUNDS, room, int(_MOST_SECONDS / self._seconds.get(drafts, _MOST_SECONDS)))
         if most < 2 or not sequences.runs_alone:
             return None
-        count, rows, drawing = 1 << most.bit_length() - 1, len(sequences), None  # a GPU records every number of its own
-        if not sequences.greedy:
-            laws = torch.empty(rows, count, sequences.vocab_size)
-            drawing = sequences.drawing(laws, coupled=True)
-            if drawing is None:
-                return None
-        found = self._target.go_on(sequences.last_tokens_here, count, sequences.vocab_size, drawing)
-        if found is None:
+        temperatures = None if sequences.greedy else sequences.temperatures
+        if temperatures is None and not sequences.greedy:
             return None
-        tokens = found.tolist()
-        sound = min(own.index(-1) if -1 in own else len(own) for own in tokens)
-        if not sound:  # the pass is repeated, and its logits say why
-            self._target.keep([0] * rows)
+        unread: Sequence[int] | None = [1] * len(sequences)
+        if drafts:
+            model = drafter if type(drafter) is ModelDrafter else None
+            unread = None if model is None else model.unread(sequences, most * (max(lengths) + 1))
+        if unread is None:
             return None
-        step = sequences.commit_passes([own[:sound] for own in tokens])
-        self._target.keep(step.committed)
-        return step
+        seeds, starts = sequences.keys_here
+        asked = Rounds(
+            [row.tokens[-count:] for row, count in zip(sequences.rows, unread, strict=True)], lengths, most,
+            sequences.vocab_size, sequences.end_ids, rule, temperatures, seeds, starts,
+        )  # fmt: skip
+        played = self._target.play(asked, drafter.lm if isinstance(drafter, ModelDrafter) else None)
+        return played if played is not None and played.tokens else None

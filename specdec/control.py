@@ -28,18 +28,21 @@ _MEASURED_PASSES = 4  # of a plain step that is measured; one of several counts 
 _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many after each that showed nothing
 _PROBE_STEPS, _PROBE_TOKENS = 8, 2  # of one such try; the first ones take longer than others
 _LEAST_READ = 32  # unread tokens that say what reading costs
-_STAY, _LONGEST_STAY = 8, 64  # steps that a choice is kept; twice as many each time it stays the same
+_STAY, _LONGEST_STAY = 16, 64  # steps that a choice is kept; twice as many each time it stays the same
 _DEAR, _SHORT_STAY = 0.05, 3  # the same where every step's text counts, but deciding takes that share of a plain step
 _REFUSED = 3  # steps in a row without one accepted token, after which it is not waited for the next decision
 _NEW = 0.05  # weight of the latest step in running means
-_REST, _LONGEST_REST = 3, 48  # steps of plain decoding after it was found best; twice as many each time again
-_LONGEST_DOZE = 32  # the same where a look at the text may change the verdict at any token
-_TRUST, _LONGEST_TRUST = 16, 240  # steps after which plain decoding is measured again; the latter for twice its speed
-_MUCH, _LOOK = 1.5, 32  # times its speed from which on one plain step after so many is enough to know that
-_SETTLES = 4  # steps after plain ones follow drafts or drafts plain ones: the caches of the processor hold other things
+# Plain passes that follow the first one after it was found best; twice as many each time again, all together powers of two.
+_REST, _LONGEST_REST = 3, 63
+_LONGEST_DOZE = 31  # the same where a look at the text may change the verdict at any token
+_TRUST, _LONGEST_TRUST = 16, 512  # drafts until plain decoding is measured again; twice as many where drafts still won
+_SETTLES, _SETTLE_SECONDS = (
+    4,
+    2e-3,
+)  # after drafts, plain steps are slower that long: caches hold other things; or others
 _WORTH = 1.05  # how much faster than plain decoding drafts must promise to be to begin
 _STILL_WORTH = 1.02  # and to go on
-_NEARLY = 1.01  # of two choices that differ less, the one made before is kept
+_NEARLY = 1.03  # of two choices that differ less, the one made before is kept
 
 
 class Controller(Protocol):
@@ -51,8 +54,8 @@ class Controller(Protocol):
     decisions: Decisions
 
     @property
-    def plain_passes(self) -> int:
-        """If the latest choice was to draft nothing: how many passes it holds for, whatever they bring."""
+    def holds(self) -> int:
+        """For how many steps, passes if they draft nothing, the latest choice holds, whatever they bring."""
 
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         """Draft lengths of the live rows."""
@@ -69,8 +72,8 @@ class FixedLength:
         self.decisions = Decisions()
 
     @property
-    def plain_passes(self) -> int:
-        return 1 if self.num_draft_tokens else _MANY
+    def holds(self) -> int:
+        return _MANY
 
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         return [min(self.num_draft_tokens, limit) for limit in sequences.draft_limits()]
@@ -113,14 +116,18 @@ class Adaptive:
         self._rows = self._age = 0
         self._care = 0.0  # seconds per drafted step that learning from the last ones took
         self._refused = 0  # steps in a row whose drafts were refused, all of them
-        self._since_plain = self._since_settled = 0  # drafts since a plain step, and since one that was measured well
+        self._since_settled, self._trust = (
+            0,
+            _TRUST,
+        )  # drafts since a plain step was measured well, and until one must be
         self._alike, self._drafted = 0, False  # steps of the kind of the last one, in a row; whether it drafted
+        self._alike_seconds = 0.0  # that they took
         self._promise = 1.0  # how much faster than plain decoding the latest choice should be
         self._lengths: list[int] = []
         self._depth = 0  # of the longest of them
         self._stay = _STAY
         self._check = 0  # plain steps to measure before anything else
-        self._sure = 1  # passes that the latest choice holds for, if it is to draft nothing
+        self._holds, self._done = 1, 0  # steps that the latest choice holds for, and that were made since
         self._rest = 0  # steps of plain decoding before anything is thought about again
         self._next_rest, self._rested = _REST, 0  # steps of the next rest, and of the last one
         self._free = True  # whether rows whose drafts cost passes of a model go without
@@ -130,22 +137,24 @@ class Adaptive:
         self._runs_model: NDArray[np.bool_] | None = None  # which rows these are; None for none
 
     @property
-    def plain_passes(self) -> int:
-        return self._sure
+    def holds(self) -> int:
+        return self._holds
 
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
+        self._done = 0
         rows, ids = len(sequences.rows), [row.id for row in sequences.rows]
         if ids != self._ids:
             self._end_spell()
             self._experience.forget(set(self._experience).difference(ids))  # rows that were given up, not finished
-            self._ids, self._age, self._stay = ids, 0, _STAY
+            self._ids, self._age = ids, min(self._age, _STAY)  # what holds for all rows holds for new ones, at first
         if rows != self._rows:
             self._rows, self._rest, self._next_rest, self._tries = rows, 0, _REST, False
+            self._age, self._stay = 0, _STAY
         if self._check or self._rest:
-            self._sure = _MEASURED_PASSES if self._check else self._rest
+            self._holds = _MEASURED_PASSES if self._check else self._rest
             self._check, self._rest = max(0, self._check - 1), max(0, self._rest - 1)
             return [0] * rows
-        self._sure = 1
+        self._holds = 1
         self._age = -1 if self._tries and self._last_try > self._spare() else self._age - 1
         foresight: Foresight | None = drafter if hasattr(drafter, "outlook") else None  # type: ignore[assignment]
         self._is_restless = foresight is not None and not self._is_dear
@@ -159,7 +168,7 @@ class Adaptive:
             self._decide(sequences, foresight, limits)
             taken = time.perf_counter() - started
             self._is_dear = self.costs.knows(rows, 0) and taken > _DEAR * float(self.costs.passes(rows, 0)[0])
-            self._sure = 1 + self._rest if self._knows_plain else _MEASURED_PASSES
+            self._holds = 1 + self._rest if self._knows_plain else _MEASURED_PASSES
         lengths = self._lengths
         if not self._free and any(lengths):
             self._probing = 0
@@ -167,14 +176,23 @@ class Adaptive:
             if not self._probing:
                 self._probing, self._wait = self._probe_steps(sequences), min(2 * self._wait, _LONGEST_WAIT)
             self._probing, self._rest = self._probing - 1, 0
-            lengths = [_PROBE_TOKENS] * rows
+            self._holds = 1 + self._probing
+            return [min(_PROBE_TOKENS, limit) for limit in limits]
+        if any(lengths):
+            self._holds = 1 if self._is_restless else 1 + max(0, self._age)
         return [min(length, limit) for length, limit in zip(lengths, limits, strict=True)]
 
     def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
         _count(self.decisions, step)
         self._since += step.passes
-        self._alike = self._alike + step.passes if any(step.drafted) == self._drafted else step.passes
-        self._drafted = any(step.drafted)
+        if any(step.drafted) != self._drafted:
+            self._alike, self._alike_seconds, self._drafted = 0, 0.0, not self._drafted
+        before = self._alike + step.passes // 2, self._alike_seconds + (draft_seconds + step_seconds) / 2
+        is_settled = before[0] >= _SETTLES or before[1] > _SETTLE_SECONDS
+        self._alike, self._alike_seconds = self._alike + step.passes, 2 * before[1] - self._alike_seconds
+        self._done += 1
+        if self._done > 1:  # of several rounds without a choice in between
+            self._age, self._probing = self._age - 1, max(0, self._probing - 1)
         self._check, self._rest = max(0, self._check - (step.passes > 1)), max(0, self._rest - step.passes + 1)
         if self._rest:  # nothing is decided before the last step of one
             self._rested += step.passes
@@ -182,7 +200,6 @@ class Adaptive:
             self._experience.count_chains([row.id for row in step.rows], [step.drafted], [step.accepted])
         else:
             unread = self._unread(step.rows) if draft_seconds else 0
-            is_settled = self._alike - step.passes // 2 > _SETTLES
             self._spell.append(Timed(step, draft_seconds, step_seconds, unread, is_settled))
             if draft_seconds:
                 self._since = 0
@@ -261,14 +278,20 @@ class Adaptive:
             self.costs.count_draft(rows, width, timed.draft_seconds)
         is_settled = timed.is_settled
         if width:
-            self._since_plain, self._since_settled = self._since_plain + 1, self._since_settled + 1
+            self._since_settled += 1
         else:
-            self._since_plain = 0
             if is_settled or not self.costs.knows(rows, 0):
-                self._since_settled = 0
+                self._note_plain(seconds, rows)
             # Even a plain step that follows others takes at most that long, so what is believed is too much.
             is_settled |= self.costs.is_settled(rows) and seconds < self.costs.passes(rows, 0)[0]
         self.costs.count_pass(rows, sum(timed.step.drafted), seconds + self._care, is_settled=is_settled)
+
+    def _note_plain(self, seconds: float, rows: int) -> None:
+        """A plain step was measured well. It need not be again so soon if drafts promise to pay all the same."""
+        if self._since_settled and self.costs.knows(rows, 0):
+            promise = self._promise * seconds / float(self.costs.passes(rows, 0)[0])
+            self._trust = min(2 * self._trust, _LONGEST_TRUST) if promise > _WORTH else _TRUST
+        self._since_settled = 0
 
     def _book(self, seconds: float, plain: float, brought: float | None) -> None:
         """Note a step that was no try; where drafts have lost too much, measure plain decoding before that is believed."""
@@ -296,14 +319,8 @@ class Adaptive:
 
     @property
     def _knows_plain(self) -> bool:
-        """Whether it is known what a plain step takes by now, well enough for what drafts promise."""
-        if not self.costs.knows(self._rows, 0):
-            return False
-        if not self.costs.is_settled(self._rows):
-            return self._since_settled < _TRUST
-        if self._promise > _MUCH:
-            return self._since_plain < _LOOK
-        return self._since_settled < max(_TRUST, _LONGEST_TRUST * (self._promise - 1))
+        """Whether it is known what a plain step takes by now."""
+        return self.costs.knows(self._rows, 0) and self._since_settled < self._trust
 
     def _decide(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> None:
         """Choose the lengths of the next drafts, and how many steps to stay with them."""
@@ -325,7 +342,7 @@ class Adaptive:
         elif self._knows_plain:
             self._experience.fade(ids)
             self._rest, self._age = self._next_rest, 0
-            self._next_rest = min(2 * self._next_rest, _LONGEST_REST if foresight is None else _LONGEST_DOZE)
+            self._next_rest = min(2 * self._next_rest + 1, _LONGEST_REST if foresight is None else _LONGEST_DOZE)
 
     def _best(self, sequences: Sequences, outlook: Outlook) -> tuple[list[int], bool, bool]:
         """The lengths that promise most, whether only drafts that cost nothing are made, and whether they are but a try."""

@@ -24,7 +24,7 @@ _OLD = 256  # measurements after which one that was not repeated counts no more
 _LOST_SHARE = 0.005  # of all time may be lost by drafting that promised to pay
 _MOST_LOST = 20.0  # plain steps whose time it may lose beyond it
 _TRUST = 0.25  # how much of what may be lost must have come together before drafts that lost it are made again
-_FRESH = 8  # measurements after which interpolations are made anew
+_FRESH = 24  # measurements after which interpolations are made anew; at once after a plain pass
 _USUAL = 64  # tokens of which interpolations are made together
 _SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # that stand for others
 
@@ -68,14 +68,21 @@ class Costs:
         self._passes: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of all -> seconds
         self._drafts: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of each -> seconds
         self._reading = Cell()
+        self._beside: dict[
+            int, dict[int, float]
+        ] = {}  # rows -> drafted tokens -> seconds, when a plain pass was measured
         self._curves: dict[tuple[str, int, int], tuple[int, NDArray[np.float64]]] = {}
         self._count = 0
 
     def count_pass(self, rows: int, drafted: int, seconds: float, *, is_settled: bool = True) -> None:
         """Add a step over ``rows`` rows that checked so many tokens in all, and whether it followed others of its kind."""
         size = _size(drafted)
-        cell = self._passes.setdefault(_size(rows), {}).setdefault(size, _cell(size))
+        cells = self._passes.setdefault(_size(rows), {})
+        cell = cells.setdefault(size, _cell(size))
         self._add(cell, drafted, seconds, is_settled)
+        if not drafted:
+            self._curves.clear()
+            self._beside[_size(rows)] = {n: other.typical for n, other in cells.items() if n}
 
     def count_draft(self, rows: int, tokens: int, seconds: float) -> None:
         """Add the drafting of ``tokens`` tokens for each of ``rows`` rows."""
@@ -123,18 +130,32 @@ class Costs:
         cells = (self._passes if what == "passes" else self._drafts)[size]
         made, curve = self._curves.get((what, size, len(cells)), (-_FRESH, np.empty(0)))
         if self._count - made >= _FRESH or len(curve) <= most:
-            curve = _interpolated(self._fresh(cells), max(most, _USUAL), from_nothing=what == "drafts")
+            pace = self._pace(size) if what == "passes" else 1.0
+            curve = _interpolated(self._fresh(cells, pace), max(most, _USUAL), from_nothing=what == "drafts")
             self._curves[what, size, len(cells)] = (self._count, curve)
         return curve[: most + 1]
 
-    def _fresh(self, cells: dict[int, Cell]) -> dict[float, float]:
-        """Typical seconds by tokens; without what was measured once or long ago, so that it will be tried again."""
+    def _pace(self, rows: int) -> float:
+        """How much longer passes with drafts take than they did beside the latest plain one.
+
+        The machine became slower, or faster, and plain passes are measured too seldom to show it.
+        """
+        cells, beside = self._passes[rows], self._beside.get(rows, {})
+        since = cells[0].when if 0 in cells else 0
+        shares = sorted(cells[n].typical / seconds for n, seconds in beside.items() if cells[n].when > since)
+        return shares[(len(shares) - 1) // 2] if shares else 1.0
+
+    def _fresh(self, cells: dict[int, Cell], pace: float) -> dict[float, float]:
+        """Typical seconds by tokens; without what was measured once or long ago, so that it will be tried again.
+
+        Those of plain passes times ``pace``.
+        """
         drafted = [c for n, c in cells.items() if n and self._count - c.when < _OLD] or [
             c for n, c in cells.items() if n
         ]
         sure = [c for c in drafted if c.is_settled and len(c.latest) >= _ENOUGH]
-        plain = [cells[0]] if 0 in cells else []
-        return {cell.tokens: cell.typical for cell in plain + (sure or drafted)}
+        plain = {0.0: pace * cells[0].typical} if 0 in cells else {}
+        return plain | {cell.tokens: cell.typical for cell in sure or drafted}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -284,15 +284,6 @@ int64_t choose_drawn(const Drafting *drafting, int64_t place, int64_t rows, int6
     return draw(rows, vocabulary, laws, apart, drafting->seeds, drafting->starts, place, drafting->races, tokens);
 }
 
-/* The tokens that greedy laws give; a `Choose` of nn/cpu.c, too. 0 if there is none */
-int64_t choose_certain(const void *asked, int64_t place, int64_t rows, int64_t vocabulary, const float *logits,
-                       int64_t stride, int64_t *tokens) {
-    (void)asked, (void)place;
-    for (int64_t b = 0; b < rows; b++)
-        if ((tokens[b] = largest_token(logits + b * stride, vocabulary)) < 0) return 0;
-    return 1;
-}
-
 /* found [2, rows]: how many drafted tokens [rows, drafted] are the `largest` [rows, drafted + 1], and the one after them */
 void greedy(int64_t rows, int64_t drafted, const int64_t *largest, const int64_t *tokens, const int64_t *lengths, int64_t *found) {
     for (int64_t b = 0; b < rows; b++, largest += drafted + 1, tokens += drafted) {

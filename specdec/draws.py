@@ -65,11 +65,6 @@ class Drawing:
             self.asked = ctypes.addressof(self._described)
 
 
-def choose_certain() -> int | None:
-    """The address of a ``Choose`` of nn/cpu.c: the likeliest tokens, where they can be drawn at all."""
-    return None if (compiled := library()) is None else ctypes.cast(compiled.choose_certain, c_void_p).value
-
-
 def uniforms(seeds: Tensor, starts: Tensor, count: int) -> Tensor | None:
     """Uniforms [2, B, count] of rows with ``seeds`` and ``starts`` [B]: those that accept, and those that draft."""
     if not seeds.is_cpu or (compiled := library()) is None:

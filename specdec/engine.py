@@ -204,10 +204,10 @@ class Call:
                 self._admit()
                 if not len(self.sequences):
                     continue  # there is more to read before anything can decode
-                step = self._step()
-                self._release(step)
-                self.stats.total_seconds = time.perf_counter() - started
-                yield step
+                for step in self._step():
+                    self._release(step)
+                    self.stats.total_seconds = time.perf_counter() - started
+                    yield step
         finally:
             self._empty()
             self.engine.busy = False
@@ -216,34 +216,62 @@ class Call:
             self.stats.verify_seconds = self.target.forward_seconds - forward - self.stats.prefill_seconds
             self.stats.draft_seconds = _model_seconds(self.drafter) - drafting
 
-    @torch.inference_mode()
-    def _step(self) -> Step:
+    def _step(self) -> Iterator[Step]:
+        """One round, or several where nobody has to look in between."""
         sequences, drafter = self.sequences, self.drafter
         sequences.begin_step()
-        watch, in_model, prepared = Stopwatch(), _model_seconds(drafter), Graphs.preparations
-        draft, proposing = self._propose()
-        is_plain = draft.tokens.shape[1] == 0
-        most = self.controller.plain_passes if is_plain and not self.plain_next else 1
-        step = self.engine.ahead.run(sequences, most) or self._read(draft, is_plain=is_plain)
+        watch, before, prepared = Stopwatch(), _model_seconds(drafter), Graphs.preparations
+        lengths, rounds = self._choose()
+        played = self.engine.ahead.play(sequences, drafter, lengths, rounds, self.settings.rule_name)
+        if played is None:
+            step, proposing = self._single(lengths)
+            # A GPU drafts while the host goes on: what it took is known by now. Lookups count as part of the step.
+            drafting = _model_seconds(drafter) - before
+            step = replace(step, is_first=Graphs.preparations > prepared)
+            yield self._observed(step, max(drafting, proposing) if drafting > 0 else 0.0, watch)
+            return
+        passes = 1 if any(lengths) else len(played.tokens)
+        played = played if any(lengths) else played.at_once()
+        count = len(played.tokens)
+        drafting, taken = (_model_seconds(drafter) - before) / count, watch.lap() / count
+        for tokens, accepted in zip(*played, strict=True):
+            watch = Stopwatch()
+            step = sequences.enter(tokens, lengths, accepted, passes)
+            yield self._observed(step, drafting, watch, taken)
+
+    def _choose(self) -> tuple[list[int], int]:
+        """How much to draft for every row, and for how many rounds."""
+        if self.drafter is None or self.plain_next:
+            return [0] * len(self.sequences), 1 if self.plain_next else self.controller.holds
+        return self.controller.choose(self.sequences, self.drafter), self.controller.holds
+
+    @torch.inference_mode()
+    def _single(self, lengths: list[int]) -> tuple[Step, float]:
+        """A round, and the seconds that making its draft took of the host."""
+        sequences, watch = self.sequences, Stopwatch()
+        if self.drafter is None or not any(lengths):
+            draft = Draft.empty(len(sequences), sequences.device)
+        else:
+            draft = self.drafter.propose(sequences, lengths)
+        proposing = watch.lap()
+        step = self._read(draft)
         self.plain_next = bool(step.retried)
-        if drafter is not None:
-            drafter.observe(step)
+        return step, proposing
+
+    def _observed(self, step: Step, drafting: float, watch: Stopwatch, taken: float = 0.0) -> Step:
+        """Tell everybody about a round; it took what ``watch`` says and ``taken``, ``drafting`` included."""
+        if self.drafter is not None:
+            self.drafter.observe(step)
         self._count(step)
-        # A GPU drafts while the host goes on: what it took is known by now. Lookups count as part of the step.
-        drafting = _model_seconds(drafter) - in_model
-        if drafting > 0:
-            drafting = max(drafting, proposing)
-        taken = watch.lap() - drafting
-        if Graphs.preparations > prepared:
-            step = replace(step, is_first=True)
-        elif is_plain:
-            self.engine.ahead.observe(step, taken)
-        self.controller.observe(step, drafting, taken)
+        taken += watch.lap()
+        if not step.is_first:
+            self.engine.ahead.observe(any(step.drafted), taken / step.passes)
+        self.controller.observe(step, drafting, taken - drafting)
         return step
 
-    def _read(self, draft: Draft, *, is_plain: bool) -> Step:
+    def _read(self, draft: Draft) -> Step:
         """One pass over a draft, judged, and what it leaves entered."""
-        sequences = self.sequences
+        sequences, is_plain = self.sequences, draft.tokens.shape[1] == 0
         tokens = sequences.last_tokens_here if is_plain else torch.cat([sequences.last_tokens, draft.tokens], dim=1)
         # Elsewhere asking for the lengths would be one more synchronisation; padding is then read as well.
         counts = (draft.lengths + 1).tolist() if draft.lengths.is_cpu else None
@@ -268,18 +296,6 @@ class Call:
         counts = [1 + accepted for accepted in step.accepted]
         self.target.keep(counts, paths=[[0, *(place + 1 for place in own)] for own in places])
         return replace(step, paths=places, depths=nodes.depths.amax(1).tolist())
-
-    def _propose(self) -> tuple[Draft, float]:
-        """A draft, and the seconds that making it took of the host."""
-        sequences, drafter = self.sequences, self.drafter
-        if drafter is None or self.plain_next:
-            return Draft.empty(len(sequences), sequences.device), 0.0
-        lengths = self.controller.choose(sequences, drafter)
-        if not any(lengths):
-            return Draft.empty(len(sequences), sequences.device), 0.0
-        watch = Stopwatch()
-        draft = drafter.propose(sequences, lengths)
-        return draft, watch.lap()
 
     @torch.inference_mode()
     def _admit(self) -> None:

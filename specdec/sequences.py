@@ -73,6 +73,7 @@ class Row:
         self._criteria = RowCriteria(given.criteria, given.head, given.place, device)
         self.raw_logits: list[Tensor] = []
         self.scores: list[Tensor] = []
+        self.runs_alone = not (self.processors or self._criteria or request.stop)  # nothing else reads its text
 
     @property
     def new_tokens(self) -> list[int]:
@@ -196,8 +197,13 @@ class Sequences:
 
     @property
     def runs_alone(self) -> bool:
-        """Whether nobody wants to see the logits of a plain pass, or to change them."""
-        return not (self._reads_prefix or self._logprobs or self._record)
+        """Whether nobody wants to see logits or to change them, and rows end by their tokens and lengths alone."""
+        return not (self._logprobs or self._record) and all(row.runs_alone for row in self.rows)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end one of the rows."""
+        return sorted(frozenset().union(*(row.request.eos_ids for row in self.rows)))
 
     @property
     def only_largest(self) -> bool:
@@ -254,15 +260,18 @@ class Sequences:
             logits[b, 0] = row.processors.draft(row.new_tokens, drafted[b], logits[b, 0])
         return laws(logits, self.filters)
 
-    def drawing(self, laws: Tensor, *, coupled: bool | None = None) -> draws.Drawing | None:
-        """How tokens are drawn at once and their ``laws`` [B, K, V] filled; None where it takes more than that.
-
-        ``coupled``: with the target's noise; by default as drafters do.
-        """
-        temperatures = [found for row in self.rows if (found := row.filters.temperature) is not None]
-        if self._reads_prefix or len(temperatures) < len(self.rows):
+    def drawing(self, laws: Tensor) -> draws.Drawing | None:
+        """How a drafter draws tokens at once and fills their ``laws`` [B, K, V]; None where it takes more than that."""
+        temperatures = self.temperatures
+        if self._reads_prefix or temperatures is None:
             return None
-        return draws.Drawing(temperatures, *self.keys_here, laws, coupled=self.coupled if coupled is None else coupled)
+        return draws.Drawing(temperatures, *self.keys_here, laws, coupled=self.coupled)
+
+    @property
+    def temperatures(self) -> list[float] | None:
+        """What the rows' logits are divided by, if that is all that makes laws of them."""
+        found = [by.temperature for by in (row.filters for row in self.rows) if by.temperature is not None]
+        return found if len(found) == len(self.rows) else None
 
     def commit(self, logits: Tensor, is_sound: Tensor, draft: Draft, verdict: Verdict) -> Step:
         """Enter accepted tokens and the next one into every row; the step's one device-to-host synchronisation.
@@ -290,12 +299,14 @@ class Sequences:
                 step.retried.append(b)
         return step
 
-    def commit_passes(self, tokens: Sequence[Sequence[int]]) -> Step:
-        """Enter what several plain passes gave into every row, [B, n]."""
-        nothing, passes = [0] * len(self.rows), len(tokens[0])
-        committed = [row.commit(own, 0) for row, own in zip(self.rows, tokens, strict=True)]
+    def enter(
+        self, tokens: Sequence[Sequence[int]], drafted: Sequence[int], accepted: Sequence[int], passes: int = 1
+    ) -> Step:
+        """What ``commit`` does, for a round that has been decided: its tokens [B][n], drafted and accepted [B]."""
+        given = zip(self.rows, tokens, accepted, strict=True)
+        committed = [row.commit(own, count) for row, own, count in given]
         finished = [b for b, row in enumerate(self.rows) if row.finish_reason is not None]
-        return Step(list(self.rows), nothing, nothing, committed, finished, passes=passes)
+        return Step(list(self.rows), list(drafted), list(accepted), committed, finished, passes=passes)
 
     def remove(self, slots: Sequence[int], copy: Callable[[int, int], None]) -> None:
         """Drop the rows in ``slots``; the last rows move into the holes through ``copy(source, target)``."""

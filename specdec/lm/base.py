@@ -13,6 +13,7 @@ from specdec.draws import Drawing
 from specdec.errors import ConfigError, PromptError
 from specdec.lm.clock import Clock
 from specdec.lm.features import Features
+from specdec.rounds import Played, Rounds
 from specdec.tree import Branches
 
 FILL_TOKENS = 2048  # tokens of one prefill pass; bounds its memory: scores grow with pass x context
@@ -127,12 +128,11 @@ class CachedLM(ABC):
         """
         return None
 
-    def go_on(self, tokens: Tensor, count: int, choices: int, drawing: Drawing | None) -> Tensor | None:
-        """Read tokens [B, 1] and those that follow: [B, n] of the first ``choices`` ids, up to ``count``; the last is unread.
+    def play(self, asked: Rounds, draft: CachedLM | None) -> Played | None:
+        """Decode rounds of rows 0 .. B - 1, with the tokens that ``draft`` proposes if any are asked for, and keep them.
 
-        They are what one pass after another would give: the likeliest, or drawn as ``drawing`` says, with the target's
-        noise. -1 where no token can be drawn; there may also be fewer, none even. None, and nothing read, where this is no
-        faster than single passes.
+        None, and nothing read, where this is no faster than single steps. Where a single step must decide something there
+        are fewer rounds than asked for, or none.
         """
         return None
 

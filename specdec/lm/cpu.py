@@ -5,19 +5,23 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
+from ctypes import c_void_p
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.draws import Drawing, choose_certain
+from specdec import rounds
+from specdec.draws import Drawing
 from specdec.errors import PromptError
+from specdec.lm.base import CachedLM
 from specdec.lm.paged import BLOCK, PagedCache, PagedLM
 from specdec.nn import cpu
 from specdec.nn.gpt import GPT
+from specdec.rounds import Played, Rounds
 
 MOST_TOKENS = 256  # of one compiled pass; more are read in several, so that what lies between layers stays in the cache
 
@@ -110,13 +114,49 @@ class CpuLM(PagedLM):
         return (chosen, None) if number == count else (chosen[:, :number], logits[:, None, :choices])
 
     @torch.inference_mode()
-    def go_on(self, tokens: Tensor, count: int, choices: int, drawing: Drawing | None) -> Tensor | None:
-        function = choose_certain() if drawing is None else drawing.function
-        if self.tapped or choices > self.vocab_size or function is None:
+    def play(self, asked: Rounds, draft: CachedLM | None) -> Played | None:
+        rows, drafted = len(asked.texts), asked.drafted
+        more = asked.most * (drafted + 1)
+        unread, other = [1] * rows, None
+        if drafted:
+            if not isinstance(draft, CpuLM):
+                return None
+            unread = [len(text) for text in asked.texts]
+            most = max(2, *unread)  # after a draft that survived as a whole its last token and the next one are unread
+            other = draft._reader(rows, asked.vocab_size, most * rows, rows, more + most)
+        reader = self._reader(rows, asked.vocab_size, rows * (drafted + 1), rows * (drafted + 1), more)
+        if reader is None or drafted and other is None:
             return None
-        asked = None if drawing is None else drawing.asked
-        found = self._chain(tokens, [1] * len(tokens), count, choices, function, asked)
-        return None if found is None else found[0][:, : found[1]]
+        played = rounds.play(asked, reader, other, unread)
+        self._has_played(reader)
+        if other is not None:
+            assert isinstance(draft, CpuLM)
+            draft._has_played(other)
+        return played
+
+    def _reader(self, rows: int, choices: int, tokens: int, projected: int, more: int) -> rounds.Reader | None:
+        """For rounds whose passes read up to ``tokens`` tokens; each row gets room for ``more``. None if that is not compiled."""
+        limit = MOST_TOKENS if self._others is None else self._others.least_tokens - 1
+        if self.tapped or choices > self.vocab_size or tokens > limit:
+            return None
+        lengths = self.lengths[:rows]
+        self._extend(lengths, [more] * rows, 0)
+        cells = np.zeros(tokens, dtype=np.int64)
+        described = self._described(Tokens(cells, cells, cells, np.arange(tokens) * rows // tokens), 0, True)
+        width, packed = self._packed.head.n, self._packed
+        logits, kept = torch.empty(projected, width), np.array(lengths, dtype=np.int64)
+        reader = rounds.Reader(
+            described, ctypes.cast(packed.reference, c_void_p), ctypes.addressof(packed.head),
+            ctypes.cast(self._library.forward, c_void_p), ctypes.cast(self._library.product, c_void_p),
+            described.ld_h * self.dtype.itemsize, logits.data_ptr(), width, kept.ctypes.data, 0.0,
+        )  # fmt: skip
+        reader.kept = described.kept, logits, kept
+        return reader
+
+    def _has_played(self, reader: rounds.Reader) -> None:
+        lengths = cast(tuple[object, object, Integers], reader.kept)[2]
+        self.lengths[: len(lengths)] = lengths.tolist()
+        self.clock.add(reader.seconds)
 
     def _chain(
         self, tokens: Tensor, counts: Sequence[int], count: int, choices: int, function: int | None, asked: int | None

@@ -14,14 +14,17 @@ from torch.nn import functional
 
 from specdec.draws import Drawing
 from specdec.graphs import Graphs, Results
+from specdec.lm.base import CachedLM
 from specdec.lm.paged import BLOCK, PagedCache, PagedLM
 from specdec.nn import cuda
 from specdec.nn.cuda import CHUNK, MOST_TOKENS, CudaModel, Pass
 from specdec.nn.gpt import GPT
+from specdec.rounds import Played, Rounds
 from specdec.sampling import Randomness, is_law, largest
 
 # Rows of recorded passes, and tokens of each: recording takes as long as a hundred passes, so what is in between is made up.
 SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, MOST_TOKENS)
+MOST_PASSES = 8  # of one chain of the target's; a row that ends in it waits for its end
 
 
 class CudaLM(PagedLM):
@@ -97,13 +100,20 @@ class CudaLM(PagedLM):
         return found[0].clone(), None
 
     @torch.inference_mode()
-    def go_on(self, tokens: Tensor, count: int, choices: int, drawing: Drawing | None) -> Tensor | None:
-        if self.tapped or choices > self.vocab_size:
+    def play(self, asked: Rounds, draft: CachedLM | None) -> Played | None:
+        if asked.drafted or self.tapped or asked.vocab_size > self.vocab_size:
             return None
-        given = () if drawing is None else (drawing.temperatures, drawing.seeds, drawing.starts)
-        chain = Chain(count, choices, drawing is not None, coupled=True, is_own=True)
-        found = self._chain(tokens, [1] * len(tokens), chain, *given)
-        return None if found is None else found[0]
+        rows, count = len(asked.texts), min(MOST_PASSES, 1 << asked.most.bit_length() - 1)
+        chain = Chain(count, asked.vocab_size, asked.temperatures is not None, coupled=True, is_own=True)
+        given = () if asked.temperatures is None else (torch.tensor(asked.temperatures), asked.seeds, asked.starts)
+        last = torch.tensor([text[-1:] for text in asked.texts])
+        found = self._chain(last, [1] * rows, chain, *given)
+        if found is None:
+            return None
+        tokens = found[0].tolist()
+        sound = min(own.index(-1) if -1 in own else count for own in tokens)
+        self.keep([sound] * rows)
+        return Played([[own[i : i + 1] for own in tokens] for i in range(sound)], [[0] * rows] * sound)
 
     def _chain(self, tokens: Tensor, counts: Sequence[int], chain: Chain, *given: Tensor) -> Results | None:
         """Tokens [B, count] of a chain, and their laws if they are drawn; None where it is not worth being recorded."""

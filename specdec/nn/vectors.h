@@ -1,4 +1,5 @@
 /* Vectors of LANES float32 numbers, and the numbers models are made of: bfloat16, or float32 with -DFLOAT32. */
+#pragma once
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
