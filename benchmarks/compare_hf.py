@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from specdec import bench, load
 from specdec.bench import Measurement, Method
-from specdec.control import AUTO
+from specdec.controller import AUTO
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine

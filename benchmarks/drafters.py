@@ -22,7 +22,7 @@ from rich.console import Console
 from specdec import bench
 from specdec.bench import PLAIN, Measurement, Method, kind_of_text
 from specdec.checkpoints import load_model
-from specdec.control import AUTO
+from specdec.controller import AUTO
 from specdec.demo import demo_pair, fast_dtype_name
 from specdec.distill import distill_checkpoint
 from specdec.engine import Engine

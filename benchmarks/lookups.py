@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec import Draft, Drafter, Engine, bench, load
 from specdec.bench import Measurement, Method, Run
-from specdec.control import AUTO
+from specdec.controller import AUTO
 from specdec.demo import demo_pair, fast_dtype_name
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.machine import machine

@@ -20,7 +20,7 @@ from rich.console import Console
 from specdec import bench, load
 from specdec.bench import Method
 from specdec.checkpoints import load_model
-from specdec.control import AUTO
+from specdec.controller import AUTO
 from specdec.demo import demo_pair, fast_dtype_name
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from specdec.control import DEFAULT_DRAFT_TOKENS
+from specdec.controller import DEFAULT_DRAFT_TOKENS
 from specdec.demo import demo_pair, fast_dtype_name
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from specdec import bench
-from specdec.control import Controller, FixedLength
+from specdec.controller import Controller, FixedLength
 from specdec.costs import Costs
 from specdec.demo import fast_dtype_name, pair_or_demo
 from specdec.drafters.model import ModelDrafter

@@ -4,7 +4,7 @@ from specdec import plugin
 from specdec.check import CheckReport, check
 from specdec.draft import Draft, Drafter
 from specdec.drafting import register_drafter
-from specdec.engine import Engine, Output, Piece
+from specdec.engine import Engine
 from specdec.errors import (
     CheckpointError,
     ConfigError,
@@ -16,6 +16,7 @@ from specdec.errors import (
 )
 from specdec.generate import generate
 from specdec.load import load
+from specdec.output import Output, Piece
 from specdec.requests import Settings
 from specdec.stats import Stats
 

@@ -19,10 +19,11 @@ from specdec.checkpoints import ModelLike
 from specdec.draft import Draft, Drafter
 from specdec.drafting import DraftLike
 from specdec.encoded import encoded_requests
-from specdec.engine import Engine, Output
+from specdec.engine import Engine
 from specdec.errors import ConfigError, SpecDecError
 from specdec.lm.probe import tolerance
 from specdec.load import load
+from specdec.output import Output
 from specdec.requests import Prompts, Settings, build_requests, token_lists
 from specdec.sampling import Randomness, SamplingParams, filters, law, one_hot
 from specdec.scoring import LEAST_EXPECTED, ChiSquare, Text, pair_test, pearson, rank_test, scored

@@ -15,9 +15,9 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from specdec import __version__
-from specdec.control import AUTO
-from specdec.engine import Piece
+from specdec.controller import AUTO
 from specdec.errors import ConfigError, PromptError, SpecDecError
+from specdec.output import Piece
 from specdec.requests import Settings
 
 app = typer.Typer(

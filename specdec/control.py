@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from specdec.controller import DEFAULT_DRAFT_TOKENS
 from specdec.costs import Account, Costs
 from specdec.draft import Drafter, Foresight, Outlook
 from specdec.experience import MOST_DRAFT_TOKENS, Experience
@@ -16,10 +17,6 @@ from specdec.plans import Plans
 from specdec.sequences import Row, Sequences, Step
 from specdec.stats import Decisions
 
-AUTO = "auto"
-DEFAULT_DRAFT_TOKENS = 4
-
-_MANY = 1 << 20  # passes
 _PROBE_SHARE = 0.01  # of all time may be lost by trying
 _GRACE = 8.0  # plain steps whose time it may lose beyond it
 _MOST_AT_ONCE = 4.0  # plain steps, lost by one step; what took longer was disturbed, or is measured again and given up
@@ -43,44 +40,6 @@ _SETTLES, _SETTLE_SECONDS = (
 _WORTH = 1.05  # how much faster than plain decoding drafts must promise to be to begin
 _STILL_WORTH = 1.02  # and to go on
 _NEARLY = 1.03  # of two choices that differ less, the one made before is kept
-
-
-class Controller(Protocol):
-    """Decides before each step and is told afterwards what came of it and how long it took.
-
-    ``decisions`` are counted since whoever reads them last put new ones in their place.
-    """
-
-    decisions: Decisions
-
-    @property
-    def holds(self) -> int:
-        """For how many steps, passes if they draft nothing, the latest choice holds, whatever they bring."""
-
-    def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
-        """Draft lengths of the live rows."""
-
-    def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
-        """A step that drafted, or not, as chosen; ``step_seconds`` without ``draft_seconds``."""
-
-
-class FixedLength:
-    """The same number of draft tokens for every row and step, as far as a row has room for them."""
-
-    def __init__(self, num_draft_tokens: int) -> None:
-        self.num_draft_tokens = num_draft_tokens
-        self.decisions = Decisions()
-
-    @property
-    def holds(self) -> int:
-        return _MANY
-
-    def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
-        return [min(self.num_draft_tokens, limit) for limit in sequences.draft_limits()]
-
-    def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
-        """Nothing to learn."""
-        _count(self.decisions, step)
 
 
 class Timed(NamedTuple):
@@ -183,7 +142,7 @@ class Adaptive:
         return [min(length, limit) for length, limit in zip(lengths, limits, strict=True)]
 
     def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
-        _count(self.decisions, step)
+        self.decisions.count(max(step.drafted), step.passes)
         self._since += step.passes
         if any(step.drafted) != self._drafted:
             self._alike, self._alike_seconds, self._drafted = 0, 0.0, not self._drafted
@@ -342,7 +301,8 @@ class Adaptive:
         elif self._knows_plain:
             self._experience.fade(ids)
             self._rest, self._age = self._next_rest, 0
-            self._next_rest = min(2 * self._next_rest + 1, _LONGEST_REST if foresight is None else _LONGEST_DOZE)
+            can_wait = foresight is None or self._is_dear
+            self._next_rest = min(2 * self._next_rest + 1, _LONGEST_REST if can_wait else _LONGEST_DOZE)
 
     def _best(self, sequences: Sequences, outlook: Outlook) -> tuple[list[int], bool, bool]:
         """The lengths that promise most, whether only drafts that cost nothing are made, and whether they are but a try."""
@@ -399,8 +359,3 @@ class Adaptive:
         """Seconds that tries may still lose."""
         allowed = _PROBE_SHARE * self._elapsed + _GRACE * float(self.costs.passes(self._rows, 0)[0])
         return allowed - self._tried
-
-
-def _count(decisions: Decisions, step: Step) -> None:
-    width = max(step.drafted)
-    decisions.lengths[width] = decisions.lengths.get(width, 0) + step.passes

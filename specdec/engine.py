@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from specdec import tree, verify
 from specdec.admission import Admission
 from specdec.ahead import Ahead
-from specdec.control import Adaptive, Controller, FixedLength
+from specdec.control import Adaptive
+from specdec.controller import Controller, FixedLength
 from specdec.costs import Costs, read_costs, write_costs
 from specdec.draft import Draft, Drafter
 from specdec.encoded import encoded_requests
@@ -27,6 +28,7 @@ from specdec.errors import ConfigError, GenerationError, SpecDecError
 from specdec.graphs import Graphs
 from specdec.judge import judge, judge_tree
 from specdec.lm.base import CachedLM
+from specdec.output import Output, Piece
 from specdec.requests import Limits, Prompts, Settings, build_requests
 from specdec.sequences import Request, Row, Sequences, Step
 from specdec.stats import Stats
@@ -34,34 +36,6 @@ from specdec.text import TextStream, decode
 
 _KINDS = ("greedy", "sampled")
 _WRITE_SECONDS = 30.0  # at least between two writings of measured costs
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a call gives, one entry per output: prompts in their order, the n samples of a prompt side by side.
-
-    finish_reasons: "eos", "stop", "length" or "error". from_draft marks the new tokens that the drafter guessed.
-    texts is None without a tokenizer, logprobs None unless asked for.
-    """
-
-    token_ids: list[list[int]]
-    texts: list[str] | None
-    finish_reasons: list[str]
-    logprobs: list[list[float]] | None
-    from_draft: list[list[bool]]
-    seeds: list[int]
-    errors: list[SpecDecError | None]
-    stats: Stats
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New text of output ``index``; the pieces of an output, joined, are its text. The last one has a reason."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None = None
 
 
 class Engine:
@@ -233,11 +207,11 @@ class Call:
         passes = 1 if any(lengths) else len(played.tokens)
         played = played if any(lengths) else played.at_once()
         count = len(played.tokens)
-        drafting, taken = (_model_seconds(drafter) - before) / count, watch.lap() / count
-        for tokens, accepted in zip(*played, strict=True):
+        drafting = (_model_seconds(drafter) - before) / count
+        for tokens, accepted in zip(played.tokens, played.accepted, strict=True):
             watch = Stopwatch()
             step = sequences.enter(tokens, lengths, accepted, passes)
-            yield self._observed(step, drafting, watch, taken)
+            yield self._observed(step, drafting, watch, played.seconds / count)
 
     def _choose(self) -> tuple[list[int], int]:
         """How much to draft for every row, and for how many rounds."""

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec.checkpoints import ModelLike
 from specdec.drafting import DEFAULT, DraftLike
-from specdec.engine import Output, Piece
 from specdec.load import load
+from specdec.output import Output, Piece
 from specdec.requests import Prompts, Settings
 
 

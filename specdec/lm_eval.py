@@ -22,10 +22,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from specdec.checkpoints import ModelLike
 from specdec.draft import Drafter
-from specdec.engine import Engine, Piece
+from specdec.engine import Engine
 from specdec.errors import ConfigError, PromptError
 from specdec.lm.base import CachedLM
 from specdec.load import load
+from specdec.output import Piece
 from specdec.requests import Settings
 from specdec.stats import Stats
 

@@ -21,7 +21,7 @@ from specdec.checkpoints import (
     lm_of,
     load_module,
 )
-from specdec.control import DEFAULT_DRAFT_TOKENS
+from specdec.controller import DEFAULT_DRAFT_TOKENS
 from specdec.draft import Drafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafting import DEFAULT, DraftLike, Target, branching, make_drafter

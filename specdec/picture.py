@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from specdec.bench import PARTS, Measurement, kind_of_text
-from specdec.control import AUTO
+from specdec.controller import AUTO
 
 COLOURS = ("#8d99ae", "#2a9d8f", "#e9a23b", "#d1603d", "#6d597a", "#457b9d", "#9a031e", "#606c38", "#000000")
 PART_COLOURS = ("#ced4da", "#e9a23b", "#2a9d8f", "#6d597a")

@@ -26,7 +26,7 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 
 from specdec.checkpoints import load_lm
-from specdec.control import AUTO
+from specdec.controller import AUTO
 from specdec.draft import Drafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.suffix import SuffixDrafter

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from specdec.control import AUTO
+from specdec.controller import AUTO
 from specdec.errors import ConfigError, PromptError, SpecDecError
 from specdec.experience import MOST_DRAFT_TOKENS
 from specdec.sampling import MAX_DRAFT_TOKENS, SamplingParams

@@ -7,6 +7,7 @@ and accept (see draws.py); a round in which torch must decide is left to them.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from ctypes import Structure, c_double, c_int64, c_void_p
 from dataclasses import dataclass
@@ -52,15 +53,16 @@ class Rounds:
 
 
 class Played(NamedTuple):
-    """What rounds gave, [round][row]: tokens to be entered, and how many of them were drafted."""
+    """What rounds gave, [round][row]: tokens to be entered, and how many of them were drafted; and what they took."""
 
     tokens: list[list[list[int]]]
     accepted: list[list[int]]
+    seconds: float
 
     def at_once(self) -> Played:
         """All of them as one, in which nothing was drafted."""
         rows = zip(*self.tokens, strict=True)
-        return Played([[[token for own in row for token in own] for row in rows]], self.accepted[:1])
+        return Played([[[token for own in row for token in own] for row in rows]], self.accepted[:1], self.seconds)
 
 
 class Reader(Structure):
@@ -117,19 +119,23 @@ def play(asked: Rounds, target: Reader, draft: Reader | None, unread: Sequence[i
         None if asked.temperatures is None else temperatures, seeds, starts, *laws_at,
     )  # fmt: skip
     other = Reader() if draft is None else draft
+    started = time.perf_counter()
     done = compiled.rounds(ctypes.byref(target), ctypes.byref(other), ctypes.byref(described))
-    return _played(texts.tolist(), begun, accepted[:done].tolist())
+    return Played(*_played(texts.tolist(), begun, accepted[:done].tolist()), time.perf_counter() - started)
 
 
 def _integers(given: Any) -> NDArray[np.int64]:
     return np.array(given, dtype=np.int64)  # a copy: the rounds write into some of them
 
 
-def _played(texts: list[list[int]], places: list[int], accepted: list[list[int]]) -> Played:
+def _played(
+    texts: list[list[int]], places: list[int], accepted: list[list[int]]
+) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """Tokens and accepted, of texts with all that rounds added to them from ``places`` on."""
     tokens = []
     for counts in accepted:
         tokens.append(
             [text[place : place + count + 1] for text, place, count in zip(texts, places, counts, strict=True)]
         )
         places = [place + count + 1 for place, count in zip(places, counts, strict=True)]
-    return Played(tokens, accepted)
+    return tokens, accepted

@@ -20,6 +20,10 @@ class Decisions:
     expected: float = 0.0
     plain: float = 0.0
 
+    def count(self, length: int, steps: int) -> None:
+        """Add steps whose longest draft had that many tokens."""
+        self.lengths[length] = self.lengths.get(length, 0) + steps
+
     def __add__(self, other: Decisions) -> Decisions:
         """Both runs, one after the other."""
         lengths = {n: self.lengths.get(n, 0) + other.lengths.get(n, 0) for n in self.lengths | other.lengths}

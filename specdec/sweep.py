@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from specdec import bench
 from specdec.bench import PLAIN, Measurement, Method, Run
 from specdec.checkpoints import checkpoint_directory
-from specdec.control import AUTO
+from specdec.controller import AUTO
 from specdec.engine import Engine
 from specdec.errors import ConfigError, PeerError
 from specdec.load import load

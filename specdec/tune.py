@@ -9,7 +9,7 @@ from pathlib import Path
 
 from specdec.bench import PLAIN, Measurement
 from specdec.checkpoints import checkpoint_directory
-from specdec.control import AUTO
+from specdec.controller import AUTO
 from specdec.errors import ConfigError
 from specdec.tuned import FILE, LOOKUP, Choice, Tuned, fingerprint
 

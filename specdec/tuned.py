@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from specdec.control import AUTO
-from specdec.engine import Engine, Output, Piece
+from specdec.controller import AUTO
+from specdec.engine import Engine
 from specdec.errors import ConfigError
+from specdec.output import Output, Piece
 from specdec.requests import Prompts, Settings
 
 FILE, WORD = "specdec-tune.json", "tuned"

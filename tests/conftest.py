@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec.control import AUTO, DEFAULT_DRAFT_TOKENS, Controller
+from specdec.controller import AUTO, DEFAULT_DRAFT_TOKENS, Controller
 from specdec.engine import Engine
 
 sys.path.insert(0, str(Path(__file__).parent))

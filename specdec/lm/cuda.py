@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -103,6 +104,7 @@ class CudaLM(PagedLM):
     def play(self, asked: Rounds, draft: CachedLM | None) -> Played | None:
         if asked.drafted or self.tapped or asked.vocab_size > self.vocab_size:
             return None
+        started = time.perf_counter()
         rows, count = len(asked.texts), min(MOST_PASSES, 1 << asked.most.bit_length() - 1)
         chain = Chain(count, asked.vocab_size, asked.temperatures is not None, coupled=True, is_own=True)
         given = () if asked.temperatures is None else (torch.tensor(asked.temperatures), asked.seeds, asked.starts)
@@ -113,7 +115,8 @@ class CudaLM(PagedLM):
         tokens = found[0].tolist()
         sound = min(own.index(-1) if -1 in own else count for own in tokens)
         self.keep([sound] * rows)
-        return Played([[own[i : i + 1] for own in tokens] for i in range(sound)], [[0] * rows] * sound)
+        found_tokens = [[own[i : i + 1] for own in tokens] for i in range(sound)]
+        return Played(found_tokens, [[0] * rows] * sound, time.perf_counter() - started)
 
     def _chain(self, tokens: Tensor, counts: Sequence[int], chain: Chain, *given: Tensor) -> Results | None:
         """Tokens [B, count] of a chain, and their laws if they are drawn; None where it is not worth being recorded."""
