@@ -24,12 +24,13 @@ from transformers import PreTrainedModel
 from specdec import bench, load
 from specdec.bench import Measurement, Method
 from specdec.controller import AUTO
+from specdec.demo import demo_pair
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.machine import machine
 from specdec.training.data import gather, held_out_prompts
-from widen import wide_pair
+from specdec.widen import wide_pair
 
 RESULTS = Path(__file__).parent / "results"
 DTYPE = "bfloat16"
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, choices=list(TARGETS), nargs="+", default=list(TARGETS))
     given = parser.parse_args()
     console = Console()
-    target, draft = wide_pair()
+    target, draft = wide_pair(demo_pair())
     contenders = Contenders.of(target, draft, given.new_tokens)
     assert contenders.native.tokenizer is not None
     prompts = held_out_prompts(

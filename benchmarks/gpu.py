@@ -24,7 +24,7 @@ from specdec.limit import Limit, read_bandwidth
 from specdec.picture import draw
 from specdec.report import write_figures
 from specdec.training.data import gather, held_out_prompts
-from widen import Width, wide_pair
+from specdec.widen import Width, wide_pair
 
 Measurements = list[Measurement]
 WIDTH = Width(3072, 13824)
@@ -93,7 +93,8 @@ def main() -> None:
         write_figures(given.out / "gpu.json", figures)
     console.print(bench.table(found, f"{limit.weight_bytes / 2e9:.2f} B parameters, medians of {given.rounds} rounds"))
     console.print_json(json.dumps(figures["ratios"]))
-    draw([m for m in found if not m.temperature], given.out / "gpu.png", f"{torch.cuda.get_device_name()}, greedy")
+    groups = {f"batch {b}": [m for m in found if m.batch == b and not m.temperature] for b in given.batches}
+    draw(groups, given.out / "gpu.png", f"{torch.cuda.get_device_name()}, greedy")
 
 
 if __name__ == "__main__":

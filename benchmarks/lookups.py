@@ -34,7 +34,7 @@ from specdec.drafters.suffix import SuffixDrafter
 from specdec.machine import machine
 from specdec.sequences import Row, Sequences, Step
 from specdec.training.data import gather
-from widen import wide_pair
+from specdec.widen import wide_pair
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS: tuple[int | str, ...] = (4, 8, 15, AUTO)

@@ -30,7 +30,7 @@ from specdec.lm.native import native_lm
 from specdec.machine import machine
 from specdec.nn.gpt import GPT
 from specdec.training.data import gather, held_out_prompts
-from widen import wide_pair
+from specdec.widen import wide_pair
 
 RESULTS = Path(__file__).parent / "results/never_slower.json"
 PROMPT_TOKENS = 128
@@ -89,7 +89,7 @@ def main() -> None:
     for models in given.models:
         pair = demo_pair()
         new_tokens = given.new_tokens or (256 if models == "pair" else 64)
-        target, draft = (pair / "target", pair / "draft") if models == "pair" else wide_pair()
+        target, draft = (pair / "target", pair / "draft") if models == "pair" else wide_pair(demo_pair())
         engine, useless = load(target, draft=draft, dtype=fast_dtype_name()), random_draft(draft)
         assert engine.tokenizer is not None
         prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=max(given.batch), tokens=PROMPT_TOKENS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from importlib.resources import files
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from safetensors import safe_open
 
 from specdec import bench
 from specdec.distill import distill_checkpoint
@@ -28,9 +30,12 @@ from specdec.training.distill_recipe import DistillSettings
 from specdec.training.recipe import Recipe, parse_recipe
 from specdec.training.trainer import train
 from specdec.tuned import LOOKUP
+from specdec.widen import Width, wide_pair
 
 BATCHES = (1, 8)
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 96, 3
+LARGE_TOKENS, LARGE_ROUNDS = 64, 3
+WIDE = Width()
 ON_TEXT = "draft-on-text"
 DISTILLATION = DistillSettings(max_seconds=75, on_policy=0.6, patience=0)
 
@@ -93,33 +98,72 @@ def demo(picture: Path, console: Console) -> None:
     engine = load(pair / "target", draft=pair / "draft", dtype=dtype)
     assert engine.tokenizer is not None and engine.drafter is not None
     prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=max(BATCHES), tokens=PROMPT_TOKENS)
-    console.print(f"[bold]2. Decoding[/] {NEW_TOKENS} tokens after {len(prompts)} held-out prompts, greedy, {dtype}")
+    large, found_large = measure_large(pair, prompts, dtype, console)
+    console.print(bench.table(found_large, f"{large}, held-out code, batch 1"))
+    console.print(
+        f"[bold]3. The small target itself[/]: {NEW_TOKENS} tokens after {len(prompts)} prompts; nothing to wait for"
+    )
     found = measure(engine, pair / "target", prompts, dtype, console)
-    console.print(bench.table(found, "Held-out code, the same prompts for all"))
+    small = f"{millions(pair / 'target')} M parameters"
+    console.print(bench.table(found, f"{small}, held-out code, the same prompts for all"))
     check(pair, prompts, found, console)
     show(engine, prompts[0], console)
-    draw(found, picture, "specdec: same text, fewer passes of the large model")
-    best = {batch: max(m.speedup for m in found if m.batch == batch and m.mean_acceptance_length) for batch in BATCHES}
+    groups = {f"{large},\nbatch 1": found_large}
+    groups |= {f"{small},\nbatch {batch}": [m for m in found if m.batch == batch] for batch in BATCHES}
+    draw(groups, picture, "specdec: same text, fewer passes of the large model")
+    best = [f"{max(m.speedup for m in own if m.mean_acceptance_length):.2f}x" for own in groups.values()]
     console.print(
-        f"[bold green]Best: {best[1]:.2f}x at batch 1, {best[8]:.2f}x at batch 8[/], picture saved to {picture}"
+        f"[bold green]Best: {best[0]} of plain decoding with {large}; {best[1]} and {best[2]} with {small} "
+        f"(batch 1 and 8)[/], picture saved to {picture}"
     )
 
 
+def millions(checkpoint: Path) -> int:
+    """Parameters of a checkpoint."""
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        return round(sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys()) / 1e6)  # noqa: SIM118
+
+
+def measure_large(
+    pair: Path, prompts: Sequence[Sequence[int]], dtype: str, console: Console
+) -> tuple[str, list[bench.Measurement]]:
+    """What ``measure`` finds with the target widened: its texts, at a large model's cost. What it is called, too."""
+    target, draft = wide_pair(pair, WIDE)
+    name = f"{millions(target)} M parameters"
+    console.print(
+        f"[bold]2. Decoding[/] greedily in {dtype} with the target widened to {name}: the same texts at the cost"
+    )
+    console.print("   of a large model, whose weights are what decoding waits for")
+    found = measure(
+        load(target, draft=draft, dtype=dtype), target, prompts, dtype, console, batches=BATCHES[:1],
+        new_tokens=LARGE_TOKENS, rounds=LARGE_ROUNDS,
+    )  # fmt: skip
+    return name, found
+
+
 def measure(
-    engine: Engine, target: Path, prompts: Sequence[Sequence[int]], dtype: str, console: Console
+    engine: Engine,
+    target: Path,
+    prompts: Sequence[Sequence[int]],
+    dtype: str,
+    console: Console,
+    batches: Sequence[int] = BATCHES,
+    new_tokens: int | None = None,
+    rounds: int | None = None,
 ) -> list[bench.Measurement]:
     """Plain decoding and every way to guess on our engine, and Hugging Face's ``generate`` on the same checkpoint."""
-    methods = bench.own_methods(engine, ways_to_guess(engine), max_new_tokens=NEW_TOKENS)
+    new_tokens, rounds = new_tokens or NEW_TOKENS, rounds or ROUNDS
+    methods = bench.own_methods(engine, ways_to_guess(engine), max_new_tokens=new_tokens)
     reference = bench.hf_model(target, dtype).to(engine.target.device)
-    methods["HF generate"] = bench.hf_method(reference, **bench.hf_settings(NEW_TOKENS))
+    methods["HF generate"] = bench.hf_method(reference, **bench.hf_settings(new_tokens))
     columns = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(BATCHES) * len(methods) * (ROUNDS + 1))
+        task = progress.add_task("", total=len(batches) * len(methods) * (rounds + 1))
         return [
             measurement
-            for batch in BATCHES
+            for batch in batches
             for measurement in bench.compare(
-                methods, prompts[:batch], rounds=ROUNDS, progress=lambda: progress.advance(task)
+                methods, prompts[:batch], rounds=rounds, progress=lambda: progress.advance(task)
             )
         ]
 
@@ -142,7 +186,7 @@ def check(pair: Path, prompts: Sequence[Sequence[int]], found: Sequence[bench.Me
         same += sum(a == b for a, b in zip(output.token_ids, plain.token_ids, strict=True))
         total += len(prompts)
     verdict = "[green]identical to plain decoding[/]" if same == total else "[red]DIFFERENT from plain decoding[/]"
-    console.print(f"[bold]3. Check[/] float32: {same} of {total} speculative greedy texts {verdict}")
+    console.print(f"[bold]4. Check[/] float32: {same} of {total} speculative greedy texts {verdict}")
     ours = [m for m in found if m.acceptance_rate is not None and m.same_text is not None]
     equal, rows = sum(m.same_text or 0 for m in ours), sum(m.batch for m in ours)
     console.print(
@@ -163,7 +207,7 @@ def show(engine: Engine, prompt: Sequence[int], console: Console) -> None:
     text.append(stream.take())
     guessed_share = sum(output.from_draft[0]) / len(output.from_draft[0])
     console.print(
-        f"[bold]4. One completion[/] [green]guessed by the draft and accepted ({guessed_share:.0%})[/], "
+        f"[bold]5. One completion[/] [green]guessed by the draft and accepted ({guessed_share:.0%})[/], "
         "[bold yellow]the target's own[/]"
     )
     console.print(Text(engine.tokenizer.decode(prompt[-40:]), style="dim"), text, sep="")

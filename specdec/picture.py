@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,39 +19,41 @@ COLOURS = ("#8d99ae", "#2a9d8f", "#e9a23b", "#d1603d", "#6d597a", "#457b9d", "#9
 PART_COLOURS = ("#ced4da", "#e9a23b", "#2a9d8f", "#6d597a")
 
 
-def draw(measurements: Sequence[Measurement], path: Path, title: str) -> None:
-    """Save bars of tokens per second by batch size, and acceptance by draft position, as a PNG."""
+def draw(groups: Mapping[str, Sequence[Measurement]], path: Path, title: str) -> None:
+    """Save bars of speeds to plain decoding, a group of methods each, and acceptance by draft position, as a PNG."""
     figure, (speed, acceptance) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
-    methods = list(dict.fromkeys(m.method for m in measurements))
+    methods = list(dict.fromkeys(m.method for own in groups.values() for m in own))
     colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
-    _speed_bars(speed, measurements, colours)
-    _acceptance_lines(acceptance, measurements, colours)
+    _speed_bars(speed, groups, colours)
+    _acceptance_lines(acceptance, groups, colours)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
 
-def _speed_bars(axes: Axes, measurements: Sequence[Measurement], colours: dict[str, str]) -> None:
-    batches = sorted({m.batch for m in measurements})
-    width = 0.8 / len(colours)
+def _speed_bars(axes: Axes, groups: Mapping[str, Sequence[Measurement]], colours: dict[str, str]) -> None:
+    width = 0.84 / len(colours)
+    crowded = len(colours) * len(groups) > 16
     for i, (method, colour) in enumerate(colours.items()):
-        own = {m.batch: m for m in measurements if m.method == method}
-        places = [x + (i - (len(colours) - 1) / 2) * width for x, batch in enumerate(batches) if batch in own]
-        found = [own[batch] for batch in batches if batch in own]
-        bars = axes.bar(places, [m.tokens_per_second for m in found], width * 0.92, color=colour, label=method)
-        axes.bar_label(bars, [f"{m.speedup:.2f}x" for m in found], padding=2, fontsize=8)
-    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-    axes.set_ylabel("tokens per second")
-    axes.set_title("speed (and ratio to plain decoding)", fontsize=10)
-    axes.margins(y=0.25)  # room for the legend
-    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
+        own = [(x, m) for x, group in enumerate(groups.values()) for m in group if m.method == method]
+        places = [x + (i - (len(colours) - 1) / 2) * width for x, _ in own]
+        bars = axes.bar(places, [m.speedup for _, m in own], width * 0.92, color=colour, label=method)
+        labels = [f"{m.tokens_per_second:,.0f}" for _, m in own]
+        axes.bar_label(bars, labels, padding=2, fontsize=7, rotation=90 if crowded else 0)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_ylabel("times plain decoding")
+    axes.set_title("speed (numbers: tokens per second)", fontsize=10)
+    axes.margins(y=0.3)  # room for the legend
+    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _acceptance_lines(axes: Axes, measurements: Sequence[Measurement], colours: dict[str, str]) -> None:
-    largest = max(m.batch for m in measurements)
-    for m in measurements:
-        if m.batch == largest and m.acceptance_rate_per_position:
+def _acceptance_lines(axes: Axes, groups: Mapping[str, Sequence[Measurement]], colours: dict[str, str]) -> None:
+    """Those of the group with the longest drafts."""
+    name = max(groups, key=lambda name: max((len(m.acceptance_rate_per_position) for m in groups[name]), default=0))
+    for m in groups[name]:
+        if m.acceptance_rate_per_position:
             positions = range(1, len(m.acceptance_rate_per_position) + 1)
             rates = [100 * rate for rate in m.acceptance_rate_per_position]
             axes.plot(positions, rates, marker="o", color=colours[m.method], label=m.method)
@@ -59,9 +61,9 @@ def _acceptance_lines(axes: Axes, measurements: Sequence[Measurement], colours: 
     axes.set_ylim(0, 100)
     axes.set_xlabel("position in the draft")
     axes.set_ylabel("accepted up to here, % of drafts")
-    axes.set_title(f"acceptance by position (batch {largest})", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"acceptance by position ({' '.join(name.split())})", fontsize=10)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def draw_sweep(measurements: Sequence[Measurement], path: Path, title: str) -> None:

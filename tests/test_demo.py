@@ -11,6 +11,7 @@ from rich.console import Console
 from specdec import demo
 from specdec.training.distill_recipe import DistillSettings
 from specdec.training.recipe import load_recipe
+from specdec.widen import Width
 
 TINY = Path(__file__).parents[1] / "models/tiny.toml"
 
@@ -22,6 +23,8 @@ def test_demo_trains_decodes_checks_and_draws(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(demo, "demo_recipe", lambda: load_recipe(TINY))
     monkeypatch.setattr(demo, "NEW_TOKENS", 12)
     monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setattr(demo, "LARGE_ROUNDS", 1)
+    monkeypatch.setattr(demo, "WIDE", Width(128, 256))
     monkeypatch.setattr(demo, "DISTILLATION", DistillSettings(max_tokens=2000, on_policy=0.5, new_tokens=16))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first, second = StringIO(), StringIO()

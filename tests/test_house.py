@@ -52,6 +52,7 @@ LAYERS = [
     [""],  # specdec itself, the public names
     ["bench", "picture", "report", "peers", "sweep", "tune", "lm_eval", "distill"],
     ["heads"],
+    ["widen"],
     ["demo"],
     ["cli"],
     ["__main__"],

@@ -17,7 +17,7 @@ from specdec import ConfigError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-from widen import Width, widen, widen_state
+from specdec.widen import Width, widen, widen_state
 
 WIDTH = Width(hidden_size=192, intermediate_size=320)
 TOLERANCE = 1e-4  # of the logits' spread, in float32

@@ -1,6 +1,6 @@
 """Make a trained Llama checkpoint wider without changing what it computes: a large model's cost, a small one's text.
 
-python benchmarks/widen.py SOURCE_DIR OUT_DIR --hidden-size 2048 --intermediate-size 8704
+python -m specdec.widen SOURCE_DIR OUT_DIR --hidden-size 2048 --intermediate-size 8704
 
 Speed of a large model can so be measured honestly where none can be downloaded: every weight is read and multiplied,
 the text and therefore the acceptance of drafts are those of the trained pair. Added channels of the residual stream
@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from specdec.demo import demo_pair
 from specdec.errors import ConfigError
 
 Layout = tuple[int, int, int]  # groups, heads in each group, channels of each head
@@ -166,9 +165,9 @@ def widen(source: Path, out: Path, width: Width | None = None, *, dtype: str = "
     return sum(tensor.numel() for tensor in new.values())
 
 
-def wide_pair(pair: Path | None = None, width: Width | None = None) -> tuple[Path, Path]:
-    """Directories of the demo's target, widened (made on the first call), and of its draft as it is."""
-    pair, width = pair or demo_pair(), width or Width()
+def wide_pair(pair: Path, width: Width | None = None) -> tuple[Path, Path]:
+    """Directories of the pair's target, widened (made on the first call), and of its draft as it is."""
+    width = width or Width()
     sizes = width.of(LlamaConfig.from_pretrained(pair / "target"))
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     target = pair / ("wide-" + "-".join(str(getattr(sizes, name)) for name in names))
