@@ -108,7 +108,7 @@ def demo(picture: Path, console: Console) -> None:
     console.print(bench.table(found, f"{small}, held-out code, the same prompts for all"))
     check(pair, prompts, found, console)
     show(engine, prompts[0], console)
-    groups = {f"{large},\nbatch 1": found_large}
+    groups = {f"widened to {large},\nbatch 1": found_large}
     groups |= {f"{small},\nbatch {batch}": [m for m in found if m.batch == batch] for batch in BATCHES}
     draw(groups, picture, "specdec: same text, fewer passes of the large model")
     best = [f"{max(m.speedup for m in own if m.mean_acceptance_length):.2f}x" for own in groups.values()]

@@ -235,7 +235,8 @@ class Call:
     def _observed(self, step: Step, drafting: float, watch: Stopwatch, taken: float = 0.0) -> Step:
         """Tell everybody about a round; it took what ``watch`` says and ``taken``, ``drafting`` included."""
         if self.drafter is not None:
-            self.drafter.observe(step)
+            with torch.inference_mode():
+                self.drafter.observe(step)
         self._count(step)
         taken += watch.lap()
         if not step.is_first:

@@ -1,4 +1,4 @@
-"""The widened checkpoint that benchmarks use computes what its source computes, at a larger model's cost."""
+"""A widened checkpoint computes what its source computes, at a larger model's cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import specdec
 from specdec import ConfigError
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 from specdec.widen import Width, widen, widen_state
 
@@ -134,7 +133,7 @@ def test_sizes_that_cannot_be_say_so(width: Width, message: str) -> None:
 
 
 def test_the_command_writes_a_checkpoint(tiny_pair: Path, tmp_path: Path) -> None:
-    command = [sys.executable, BENCHMARKS / "widen.py", tiny_pair / "target", tmp_path / "wide", "--hidden-size=128"]
+    command = [sys.executable, "-m", "specdec.widen", tiny_pair / "target", tmp_path / "wide", "--hidden-size=128"]
     done = subprocess.run([*command, "--intermediate-size=256"], capture_output=True, text=True, check=True)
     assert str(tmp_path / "wide") in done.stdout
     config = LlamaConfig.from_pretrained(tmp_path / "wide")
