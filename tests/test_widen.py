@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import specdec
 from specdec import ConfigError
-
-sys.path.append(str(BENCHMARKS))
 from specdec.widen import Width, widen, widen_state
 
 WIDTH = Width(hidden_size=192, intermediate_size=320)
