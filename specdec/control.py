@@ -17,7 +17,7 @@ from specdec.plans import Plans
 from specdec.sequences import Row, Sequences, Step
 from specdec.stats import Decisions
 
-_PROBE_SHARE = 0.01  # of all time may be lost by trying
+_PROBE_SHARE = 0.006  # of all time may be lost by trying
 _GRACE = 8.0  # plain steps whose time it may lose beyond it
 _MOST_AT_ONCE = 4.0  # plain steps, lost by one step; what took longer was disturbed, or is measured again and given up
 _CHECK = 5  # plain steps that are measured before any draft, and before it is believed that drafts lose
@@ -31,6 +31,7 @@ _REFUSED = 3  # steps in a row without one accepted token, after which it is not
 _NEW = 0.05  # weight of the latest step in running means
 # Plain passes that follow the first one after it was found best; twice as many each time again, all together powers of two.
 _REST, _LONGEST_REST = 3, 63
+_MOST_REST, _CARE = 1023, 0.005  # the longest one where deciding takes more than that share of the rest
 _LONGEST_DOZE = 31  # the same where a look at the text may change the verdict at any token
 _TRUST, _LONGEST_TRUST = 16, 512  # drafts until plain decoding is measured again; twice as many where drafts still won
 _SETTLES, _SETTLE_SECONDS = (
@@ -90,7 +91,8 @@ class Adaptive:
         self._rest = 0  # steps of plain decoding before anything is thought about again
         self._next_rest, self._rested = _REST, 0  # steps of the next rest, and of the last one
         self._free = True  # whether rows whose drafts cost passes of a model go without
-        self._is_restless = self._is_dear = False  # whether something is decided at every step; or that takes too long
+        self._is_restless = False  # whether something is decided at every step
+        self._deciding = 0.0  # plain steps whose time a decision takes
         self._spell: list[Timed] = []  # steps since the last decision, of which nothing was learned yet
         self._tries = False  # whether the draft is made to see what passes cost
         self._runs_model: NDArray[np.bool_] | None = None  # which rows these are; None for none
@@ -116,7 +118,7 @@ class Adaptive:
         self._holds = 1
         self._age = -1 if self._tries and self._last_try > self._spare() else self._age - 1
         foresight: Foresight | None = drafter if hasattr(drafter, "outlook") else None  # type: ignore[assignment]
-        self._is_restless = foresight is not None and not self._is_dear
+        self._is_restless = foresight is not None and self._deciding <= _DEAR
         is_new = self._age < 0 or self._is_restless
         if not is_new and not any(self._lengths) and self._runs_model is None:
             return [0] * rows
@@ -125,8 +127,8 @@ class Adaptive:
         if is_new:
             started = time.perf_counter()
             self._decide(sequences, foresight, limits)
-            taken = time.perf_counter() - started
-            self._is_dear = self.costs.knows(rows, 0) and taken > _DEAR * float(self.costs.passes(rows, 0)[0])
+            if self.costs.knows(rows, 0):
+                self._deciding = (time.perf_counter() - started) / float(self.costs.passes(rows, 0)[0])
             self._holds = 1 + self._rest if self._knows_plain else _MEASURED_PASSES
         lengths = self._lengths
         if not self._free and any(lengths):
@@ -301,8 +303,9 @@ class Adaptive:
         elif self._knows_plain:
             self._experience.fade(ids)
             self._rest, self._age = self._next_rest, 0
-            can_wait = foresight is None or self._is_dear
-            self._next_rest = min(2 * self._next_rest + 1, _LONGEST_REST if can_wait else _LONGEST_DOZE)
+            longest = _LONGEST_REST if foresight is None or self._deciding > _DEAR else _LONGEST_DOZE
+            longest = max(longest, min(int(self._deciding / _CARE), _MOST_REST))
+            self._next_rest = min(2 * self._next_rest + 1, longest)
 
     def _best(self, sequences: Sequences, outlook: Outlook) -> tuple[list[int], bool, bool]:
         """The lengths that promise most, whether only drafts that cost nothing are made, and whether they are but a try."""

@@ -38,7 +38,7 @@ def _speed_bars(axes: Axes, groups: Mapping[str, Sequence[Measurement]], colours
         own = [(x, m) for x, group in enumerate(groups.values()) for m in group if m.method == method]
         places = [x + (i - (len(colours) - 1) / 2) * width for x, _ in own]
         bars = axes.bar(places, [m.speedup for _, m in own], width * 0.92, color=colour, label=method)
-        labels = [f"{m.tokens_per_second:,.0f}" for _, m in own]
+        labels = [_short(m.tokens_per_second) for _, m in own]
         axes.bar_label(bars, labels, padding=2, fontsize=7, rotation=90 if crowded else 0)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
@@ -47,6 +47,10 @@ def _speed_bars(axes: Axes, groups: Mapping[str, Sequence[Measurement]], colours
     axes.margins(y=0.3)  # room for the legend
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.0f}" if rate < 1e4 else f"{rate / 1e3:.1f}k"
 
 
 def _acceptance_lines(axes: Axes, groups: Mapping[str, Sequence[Measurement]], colours: dict[str, str]) -> None:
@@ -61,7 +65,7 @@ def _acceptance_lines(axes: Axes, groups: Mapping[str, Sequence[Measurement]], c
     axes.set_ylim(0, 100)
     axes.set_xlabel("position in the draft")
     axes.set_ylabel("accepted up to here, % of drafts")
-    axes.set_title(f"acceptance by position ({' '.join(name.split())})", fontsize=10)
+    axes.set_title(f"acceptance by position\n({' '.join(name.split())})", fontsize=9)
     if axes.lines:
         axes.legend(frameon=False, fontsize=8)
 
