@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,7 +193,7 @@ def main() -> None:
         parameters = widen(given.source, given.out, Width(*sizes), dtype=given.dtype)
     except ConfigError as error:
         parser.error(str(error))
-    print(json.dumps({"out": str(given.out), "parameters": parameters}))
+    sys.stdout.write(json.dumps({"out": str(given.out), "parameters": parameters}) + "\n")
 
 
 if __name__ == "__main__":
