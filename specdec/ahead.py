@@ -38,9 +38,9 @@ class Ahead:
         temperatures = None if sequences.greedy else sequences.temperatures
         if temperatures is None and not sequences.greedy:
             return None
-        unread: Sequence[int] | None = [1] * len(sequences)
+        unread: list[int] | None = [1] * len(sequences)
         if drafts:
-            model = drafter if type(drafter) is ModelDrafter else None
+            model = drafter if type(drafter) is ModelDrafter else None  # others find their guesses in other ways
             unread = None if model is None else model.unread(sequences, most * (max(lengths) + 1))
         if unread is None:
             return None

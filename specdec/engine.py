@@ -204,13 +204,14 @@ class Call:
             step = replace(step, is_first=Graphs.preparations > prepared)
             yield self._observed(step, max(drafting, proposing) if drafting > 0 else 0.0, watch)
             return
+        is_first = Graphs.preparations > prepared
         passes = 1 if any(lengths) else len(played.tokens)
         played = played if any(lengths) else played.at_once()
         count = len(played.tokens)
         drafting = (_model_seconds(drafter) - before) / count
         for tokens, accepted in zip(played.tokens, played.accepted, strict=True):
             watch = Stopwatch()
-            step = sequences.enter(tokens, lengths, accepted, passes)
+            step = replace(sequences.enter(tokens, lengths, accepted), passes=passes, is_first=is_first)
             yield self._observed(step, drafting, watch, played.seconds / count)
 
     def _choose(self) -> tuple[list[int], int]:
