@@ -25,7 +25,7 @@ _MEASURED_PASSES = 4  # of a plain step that is measured; one of several counts 
 _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many after each that showed nothing
 _PROBE_STEPS, _PROBE_TOKENS = 8, 2  # of one such try; the first ones take longer than others
 _LEAST_READ = 32  # unread tokens that say what reading costs
-_STAY, _LONGEST_STAY = 16, 64  # steps that a choice is kept; twice as many each time it stays the same
+_STAY, _LONGEST_STAY = 8, 64  # steps that a choice is kept; twice as many each time it stays the same
 _DEAR, _SHORT_STAY = 0.05, 3  # the same where every step's text counts, but deciding takes that share of a plain step
 _REFUSED = 3  # steps in a row without one accepted token, after which it is not waited for the next decision
 _NEW = 0.05  # weight of the latest step in running means
@@ -34,13 +34,11 @@ _REST, _LONGEST_REST = 3, 63
 _MOST_REST, _CARE = 1023, 0.005  # the longest one where deciding takes more than that share of the rest
 _LONGEST_DOZE = 31  # the same where a look at the text may change the verdict at any token
 _TRUST, _LONGEST_TRUST = 16, 512  # drafts until plain decoding is measured again; twice as many where drafts still won
-_SETTLES, _SETTLE_SECONDS = (
-    4,
-    2e-3,
-)  # after drafts, plain steps are slower that long: caches hold other things; or others
+# Until the caches of the processor hold what plain steps need after drafts, or drafts after those: so many, or so long.
+_SETTLES, _SETTLE_SECONDS = 4, 2e-3
 _WORTH = 1.05  # how much faster than plain decoding drafts must promise to be to begin
 _STILL_WORTH = 1.02  # and to go on
-_NEARLY = 1.03  # of two choices that differ less, the one made before is kept
+_NEARLY, _NEARLY_IF_DEAR = 1.01, 1.03  # of two choices that differ less, the one made before is kept
 
 
 class Timed(NamedTuple):
@@ -118,7 +116,7 @@ class Adaptive:
         self._holds = 1
         self._age = -1 if self._tries and self._last_try > self._spare() else self._age - 1
         foresight: Foresight | None = drafter if hasattr(drafter, "outlook") else None  # type: ignore[assignment]
-        self._is_restless = foresight is not None and self._deciding <= _DEAR
+        self._is_restless = foresight is not None and not self._is_dear
         is_new = self._age < 0 or self._is_restless
         if not is_new and not any(self._lengths) and self._runs_model is None:
             return [0] * rows
@@ -279,6 +277,11 @@ class Adaptive:
         return draft / seconds * self._brought
 
     @property
+    def _is_dear(self) -> bool:
+        """Whether deciding takes a good share of a plain step."""
+        return self._deciding > _DEAR
+
+    @property
     def _knows_plain(self) -> bool:
         """Whether it is known what a plain step takes by now."""
         return self.costs.knows(self._rows, 0) and self._since_settled < self._trust
@@ -293,7 +296,8 @@ class Adaptive:
         before = sum(self._lengths), self._free
         self._lengths, self._free, self._tries = self._best(sequences, outlook)
         drafted = sum(self._lengths)
-        self._stay = min(2 * self._stay, _LONGEST_STAY) if (drafted, self._free) == before else _STAY
+        least = int(self._deciding / _CARE) if self._is_dear else _STAY
+        self._stay = min(max(2 * self._stay if (drafted, self._free) == before else _STAY, least), _LONGEST_STAY)
         is_settled = self._knows_plain and self.costs.knows(self._rows, drafted)
         stay = self._stay if foresight is None else _SHORT_STAY
         self._age = _PROBE_STEPS if self._tries else stay if is_settled else 0
@@ -303,7 +307,7 @@ class Adaptive:
         elif self._knows_plain:
             self._experience.fade(ids)
             self._rest, self._age = self._next_rest, 0
-            longest = _LONGEST_REST if foresight is None or self._deciding > _DEAR else _LONGEST_DOZE
+            longest = _LONGEST_REST if foresight is None or self._is_dear else _LONGEST_DOZE
             longest = max(longest, min(int(self._deciding / _CARE), _MOST_REST))
             self._next_rest = min(2 * self._next_rest + 1, longest)
 
@@ -337,7 +341,10 @@ class Adaptive:
             if with_model is not None and (plan is None or with_model.seconds < plan.seconds):
                 plans, plan, is_free = both, with_model, False
                 before = None if self._free else both.like(self._depth, sum(self._lengths))
-                if before is not None and before.seconds < _NEARLY * plan.seconds:
+                if (
+                    before is not None
+                    and before.seconds < (_NEARLY_IF_DEAR if self._is_dear else _NEARLY) * plan.seconds
+                ):
                     plan = before  # looking less often is worth more
         seconds = plain if plan is None else plan.seconds
         self._promise = plain / seconds
