@@ -26,6 +26,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many afte
 _PROBE_STEPS, _PROBE_TOKENS = 8, 2  # of one such try; the first ones take longer than others
 _LEAST_READ = 32  # unread tokens that say what reading costs
 _STAY, _LONGEST_STAY = 8, 64  # steps that a choice is kept; twice as many each time it stays the same
+_STAY_CARE = 0.1  # that share of them, at most, in plain steps, may go into deciding where it is dear
 _DEAR, _SHORT_STAY = 0.05, 3  # the same where every step's text counts, but deciding takes that share of a plain step
 _REFUSED = 3  # steps in a row without one accepted token, after which it is not waited for the next decision
 _NEW = 0.05  # weight of the latest step in running means
@@ -68,6 +69,7 @@ class Adaptive:
         self._elapsed = self._tried = self._last_try = 0.0
         self._since, self._wait = 0, _FIRST_WAIT  # steps since a model drafted, and until it will be tried
         self._has_read: set[int] = set()  # the rows whose text the draft model knows but for what came since
+        self._begun: set[int] = set()  # numbers of rows for which anything was drafted: the first time is slow
         self._probing = 0  # steps of the probe under way that are left
         self._brought, self._seconds = 1.0, 0.0  # what a step brought, in plain ones, and usually takes, lately
         self._ids: list[int] = []  # of the rows
@@ -155,11 +157,15 @@ class Adaptive:
         self._check, self._rest = max(0, self._check - (step.passes > 1)), max(0, self._rest - step.passes + 1)
         if self._rest:  # nothing is decided before the last step of one
             self._rested += step.passes
-        elif step.is_first:  # what it took says nothing
-            self._experience.count_chains([row.id for row in step.rows], [step.drafted], [step.accepted])
         else:
             unread = self._unread(step.rows) if draft_seconds else 0
-            self._spell.append(Timed(step, draft_seconds, step_seconds, unread, is_settled))
+            if step.is_first or self._drafted and len(step.rows) not in self._begun:  # what it took says nothing
+                self._begun.add(len(step.rows))
+                self._experience.count_chains([row.id for row in step.rows], [step.drafted], [step.accepted])
+                if unread >= _LEAST_READ:
+                    self.costs.count_reading(draft_seconds / unread)
+            else:
+                self._spell.append(Timed(step, draft_seconds, step_seconds, unread, is_settled))
             if draft_seconds:
                 self._since = 0
                 self._has_read = {row.id for row in step.rows} if unread else self._has_read
@@ -296,7 +302,7 @@ class Adaptive:
         before = sum(self._lengths), self._free
         self._lengths, self._free, self._tries = self._best(sequences, outlook)
         drafted = sum(self._lengths)
-        least = int(self._deciding / _CARE) if self._is_dear else _STAY
+        least = int(self._deciding / _STAY_CARE) if self._is_dear else _STAY
         self._stay = min(max(2 * self._stay if (drafted, self._free) == before else _STAY, least), _LONGEST_STAY)
         is_settled = self._knows_plain and self.costs.knows(self._rows, drafted)
         stay = self._stay if foresight is None else _SHORT_STAY

@@ -211,7 +211,7 @@ class Call:
         drafting = (_model_seconds(drafter) - before) / count
         for tokens, accepted in zip(played.tokens, played.accepted, strict=True):
             watch = Stopwatch()
-            step = replace(sequences.enter(tokens, lengths, accepted), passes=passes, is_first=is_first)
+            step = sequences.enter(tokens, lengths, accepted, passes, is_first)
             yield self._observed(step, drafting, watch, played.seconds / count)
 
     def _choose(self) -> tuple[list[int], int]:

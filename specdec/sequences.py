@@ -299,12 +299,21 @@ class Sequences:
                 step.retried.append(b)
         return step
 
-    def enter(self, tokens: Sequence[Sequence[int]], drafted: Sequence[int], accepted: Sequence[int]) -> Step:
+    def enter(
+        self,
+        tokens: Sequence[Sequence[int]],
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        passes: int = 1,
+        is_first: bool = False,
+    ) -> Step:
         """What ``commit`` does, for a round that has been decided: its tokens [B][n], drafted and accepted [B]."""
         given = zip(self.rows, tokens, accepted, strict=True)
         committed = [row.commit(own, count) for row, own, count in given]
         finished = [b for b, row in enumerate(self.rows) if row.finish_reason is not None]
-        return Step(list(self.rows), list(drafted), list(accepted), committed, finished)
+        return Step(
+            list(self.rows), list(drafted), list(accepted), committed, finished, passes=passes, is_first=is_first
+        )
 
     def remove(self, slots: Sequence[int], copy: Callable[[int, int], None]) -> None:
         """Drop the rows in ``slots``; the last rows move into the holes through ``copy(source, target)``."""

@@ -1,0 +1,104 @@
+"""The controller where rounds are played ahead: one choice for many steps, which are told apart by what they brought."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from specdec.control import Adaptive
+from specdec.controller import FixedLength
+from specdec.costs import Costs
+from test_control import SMALL, World
+
+MOST = 16  # rounds at once
+
+
+class WorldAhead(World):
+    """Plays as many rounds as a choice holds for; a call of the controller takes ``care`` plain steps."""
+
+    care = 0.0
+
+    def step(self) -> None:
+        lengths = self.controller.choose(self.sequences, SimpleNamespace())  # type: ignore[arg-type]
+        rounds, width = min(self.controller.holds, MOST), max(lengths)
+        assert rounds >= 1
+        self.seconds += self.care
+        steps = [(lengths, 1)] * rounds if width else [(lengths, rounds)]
+        for drafted, passes in steps:
+            accepted = [int((self.random.random(n) < self.accepted).cumprod().sum()) for n in drafted]
+            committed = [n + passes for n in accepted]
+            done: Any = SimpleNamespace(
+                rows=self.sequences.rows, drafted=drafted, accepted=accepted, committed=committed, finished=[],
+                passes=passes, is_first=False,
+            )  # fmt: skip
+            drafting, verifying = width * self.draft, passes * self.pass_seconds(sum(drafted))
+            self.controller.observe(done, drafting, verifying)
+            self.seconds += drafting + verifying
+            self.tokens += sum(committed)
+            self.lengths.append(width)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("accepted", [0.02, 0.5, 0.9])
+@pytest.mark.parametrize("machine", list(SMALL))
+def test_rounds_ahead_are_no_slower_and_as_good_as_single_ones(machine: str, accepted: float, rows: int) -> None:
+    world = WorldAhead(rows=rows, accepted=accepted, **{**SMALL[machine], "reading": 0.0})
+    rate = world.run(1500)
+    assert rate > 0.97 * world.fixed(0) and rate > 0.95 * world.best
+
+
+def test_nothing_is_decided_while_rounds_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided = []
+    decide = Adaptive._decide
+    monkeypatch.setattr(Adaptive, "_decide", lambda self, *given: (decided.append(1), decide(self, *given))[1])
+    for accepted in (0.02, 0.9):
+        world = WorldAhead(accepted=accepted)
+        world.run(300)
+        decided.clear()
+        world.run(200)
+        assert len(decided) <= sum(world.controller.decisions.lengths.values()) / 8
+    assert FixedLength(3).holds > 1000
+
+
+def test_a_pass_of_several_counts_as_several() -> None:
+    world = WorldAhead(accepted=0.02)
+    world.run(100)
+    counted = world.controller.decisions.lengths[0]
+    assert counted > 4 * len(world.lengths)
+    assert world.controller.costs.passes(1, 0)[0] == pytest.approx(1.0)
+
+
+def test_steps_that_prepare_something_are_not_timed() -> None:
+    """The first of a shape on a GPU takes a hundred times as long; drafts would never pay."""
+    for is_first in (True, False):
+        world = World(accepted=0.8)
+        observe, seen = world.controller.observe, dict[int, int]()
+
+        def slow_at_first(
+            step: Any, drafting: float, seconds: float, observe: Any = observe, seen: Any = seen, is_first: Any = is_first
+        ) -> None:  # fmt: skip
+            width = max(step.drafted)
+            seen[width] = seen.get(width, 0) + 1
+            if width and seen[width] <= 2:
+                step.is_first, seconds = is_first, 100 * seconds
+            observe(step, drafting, seconds)
+
+        world.controller.observe = slow_at_first  # type: ignore[method-assign]
+        world.run(300)
+        drafted = sum(1 for length in world.lengths[-100:] if length)
+        assert (drafted > 50) == is_first
+
+
+def test_plain_passes_are_believed_to_change_as_the_others_do() -> None:
+    """The machine becomes twice as fast while only drafts are made, and slow again."""
+    costs = Costs()
+    for factor in (2.0, 1.0, 3.0):
+        for _ in range(7):
+            costs.count_pass(1, 4, 1.5 * factor)
+        if factor == 2.0:
+            for _ in range(3):
+                costs.count_pass(1, 0, 1.0 * factor)
+        costs._curves.clear()
+        assert costs.passes(1, 0)[0] == pytest.approx(1.0 * factor)
