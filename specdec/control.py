@@ -24,6 +24,7 @@ _CHECK = 5  # plain steps that are measured before any draft, and before it is b
 _MEASURED_PASSES = 4  # of a plain step that is measured; one of several counts twice
 _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many after each that showed nothing
 _PROBE_STEPS, _PROBE_TOKENS = 8, 2  # of one such try; the first ones take longer than others
+_LEAST_LEFT = 32  # tokens that rows must have before them to be worth a try
 _LEAST_READ = 32  # unread tokens that say what reading costs
 _STAY, _LONGEST_STAY = 8, 64  # steps that a choice is kept; twice as many each time it stays the same
 _STAY_CARE = 0.1  # that share of them, at most, in plain steps, may go into deciding where it is dear
@@ -327,7 +328,10 @@ class Adaptive:
             return none
         known = self.costs.most_drafted(self._rows)
         tries = not known
-        if self._account is not None and self._account.is_spent or tries and self._last_try > self._spare():
+        left = self._left(sequences)
+        if tries and (left < _LEAST_LEFT or self._last_try > self._spare()):
+            return none
+        if self._account is not None and self._account.is_spent:
             return none
         if tries:
             most = min(most, _PROBE_TOKENS)
@@ -337,10 +341,11 @@ class Adaptive:
         passes = np.full_like(passes, passes[0]) if tries else passes
         drafts = self.costs.drafts(self._rows, most)
         plain, model_free = float(passes[0]), np.zeros_like(runs_model)
-        plans, is_free = Plans(survival * ~runs_model[:, None], passes, drafts * 0, model_free), True
-        plan = plans.best()
+        plan, is_free = None, True
+        if not runs_model.all():
+            plans = Plans(survival * ~runs_model[:, None], passes, drafts * 0, model_free)
+            plan = plans.best()
         if self._runs_model is not None:
-            left = max(1.0, sum(row.remaining for row in sequences.rows) / self._rows)
             drafts[1:] += self.costs.reading * self._unread(sequences.rows) / left
             both = Plans(survival, passes, drafts, runs_model)
             with_model = both.best()
@@ -362,7 +367,7 @@ class Adaptive:
 
     def _probe_steps(self, sequences: Sequences) -> int:
         """Whether it is time to see how drafts fare, and for how many steps there is time to lose."""
-        if self._since < self._wait or not self.costs.knows(self._rows, 0):
+        if self._since < self._wait or not self.costs.knows(self._rows, 0) or self._left(sequences) < _LEAST_LEFT:
             return 0
         passes = self.costs.passes(self._rows, _PROBE_TOKENS * self._rows)
         drafting = self.costs.drafts(self._rows, _PROBE_TOKENS)[_PROBE_TOKENS]
@@ -370,6 +375,10 @@ class Adaptive:
         lost = max(0.01 * passes[0], drafting + passes[-1] - tokens * passes[0])
         count = int((self._spare() - self.costs.reading * self._unread(sequences.rows)) / lost)
         return min(count, _PROBE_STEPS) if count > 1 else 0
+
+    def _left(self, sequences: Sequences) -> float:
+        """Tokens that a row may still get, on the mean."""
+        return max(1.0, sum(row.remaining for row in sequences.rows) / self._rows)
 
     def _spare(self) -> float:
         """Seconds that tries may still lose."""

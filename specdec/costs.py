@@ -25,6 +25,7 @@ _LOST_SHARE = 0.005  # of all time may be lost by drafting that promised to pay
 _MOST_LOST = 20.0  # plain steps whose time it may lose beyond it
 _TRUST = 0.25  # how much of what may be lost must have come together before drafts that lost it are made again
 _FRESH = 24  # measurements after which interpolations are made anew; at once after a plain pass
+_FASTER = 0.93  # of a time is less than chance brings about
 _USUAL = 64  # tokens of which interpolations are made together
 _SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # that stand for others
 
@@ -136,14 +137,16 @@ class Costs:
         return curve[: most + 1]
 
     def _pace(self, rows: int) -> float:
-        """How much longer passes with drafts take than they did beside the latest plain one.
+        """What share passes with drafts take of what they took beside the latest plain one, if they became faster.
 
-        The machine became slower, or faster, and plain passes are measured too seldom to show it.
+        The machine did then, and plain passes are measured too seldom to show it; if it became slower, drafts seem to lose,
+        and plain passes are measured soon.
         """
         cells, beside = self._passes[rows], self._beside.get(rows, {})
         since = cells[0].when if 0 in cells else 0
         shares = sorted(cells[n].typical / seconds for n, seconds in beside.items() if cells[n].when > since)
-        return shares[(len(shares) - 1) // 2] if shares else 1.0
+        share = shares[(len(shares) - 1) // 2] if shares else 1.0
+        return share if share < _FASTER else 1.0
 
     def _fresh(self, cells: dict[int, Cell], pace: float) -> dict[float, float]:
         """Typical seconds by tokens; without what was measured once or long ago, so that it will be tried again.

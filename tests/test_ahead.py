@@ -91,14 +91,15 @@ def test_steps_that_prepare_something_are_not_timed() -> None:
         assert (drafted > 50) == is_first
 
 
-def test_plain_passes_are_believed_to_change_as_the_others_do() -> None:
-    """The machine becomes twice as fast while only drafts are made, and slow again."""
-    costs = Costs()
-    for factor in (2.0, 1.0, 3.0):
+def test_plain_passes_are_believed_to_become_faster_as_the_others_do() -> None:
+    """The machine becomes twice as fast while only drafts are made; what little chance does is not taken for that."""
+    for factor, believed in ((0.5, 0.5), (0.96, 1.0), (2.0, 1.0)):
+        costs = Costs()
+        for _ in range(7):
+            costs.count_pass(1, 4, 1.5)
+        for _ in range(3):
+            costs.count_pass(1, 0, 1.0)
         for _ in range(7):
             costs.count_pass(1, 4, 1.5 * factor)
-        if factor == 2.0:
-            for _ in range(3):
-                costs.count_pass(1, 0, 1.0 * factor)
         costs._curves.clear()
-        assert costs.passes(1, 0)[0] == pytest.approx(1.0 * factor)
+        assert costs.passes(1, 0)[0] == pytest.approx(believed)
