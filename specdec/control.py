@@ -77,10 +77,8 @@ class Adaptive:
         self._rows = self._age = 0
         self._care = 0.0  # seconds per drafted step that learning from the last ones took
         self._refused = 0  # steps in a row whose drafts were refused, all of them
-        self._since_settled, self._trust = (
-            0,
-            _TRUST,
-        )  # drafts since a plain step was measured well, and until one must be
+        # Drafts since a plain step was measured well, and until one must be.
+        self._since_settled, self._trust = 0, _TRUST
         self._alike, self._drafted = 0, False  # steps of the kind of the last one, in a row; whether it drafted
         self._alike_seconds = 0.0  # that they took
         self._promise = 1.0  # how much faster than plain decoding the latest choice should be
@@ -160,8 +158,9 @@ class Adaptive:
             self._rested += step.passes
         else:
             unread = self._unread(step.rows) if draft_seconds else 0
-            if step.is_first or self._drafted and len(step.rows) not in self._begun:  # what it took says nothing
-                self._begun.add(len(step.rows))
+            begins = self._drafted and len(step.rows) not in self._begun
+            if begins or step.is_first:  # what it took says nothing
+                self._begun.update([len(step.rows)] * begins)
                 self._experience.count_chains([row.id for row in step.rows], [step.drafted], [step.accepted])
                 if unread >= _LEAST_READ:
                     self.costs.count_reading(draft_seconds / unread)
@@ -352,10 +351,8 @@ class Adaptive:
             if with_model is not None and (plan is None or with_model.seconds < plan.seconds):
                 plans, plan, is_free = both, with_model, False
                 before = None if self._free else both.like(self._depth, sum(self._lengths))
-                if (
-                    before is not None
-                    and before.seconds < (_NEARLY_IF_DEAR if self._is_dear else _NEARLY) * plan.seconds
-                ):
+                nearly = _NEARLY_IF_DEAR if self._is_dear else _NEARLY
+                if before is not None and before.seconds < nearly * plan.seconds:
                     plan = before  # looking less often is worth more
         seconds = plain if plan is None else plan.seconds
         self._promise = plain / seconds

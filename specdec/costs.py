@@ -69,9 +69,8 @@ class Costs:
         self._passes: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of all -> seconds
         self._drafts: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of each -> seconds
         self._reading = Cell()
-        self._beside: dict[
-            int, dict[int, float]
-        ] = {}  # rows -> drafted tokens -> seconds, when a plain pass was measured
+        # Of when a plain pass was measured: rows -> drafted tokens -> seconds.
+        self._beside: dict[int, dict[int, float]] = {}
         self._curves: dict[tuple[str, int, int], tuple[int, NDArray[np.float64]]] = {}
         self._count = 0
 

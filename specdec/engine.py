@@ -216,8 +216,11 @@ class Call:
 
     def _choose(self) -> tuple[list[int], int]:
         """How much to draft for every row, and for how many rounds."""
-        if self.drafter is None or self.plain_next:
-            return [0] * len(self.sequences), 1 if self.plain_next else self.controller.holds
+        nothing = [0] * len(self.sequences)
+        if self.plain_next:
+            return nothing, 1
+        if self.drafter is None:
+            return nothing, self.controller.holds
         return self.controller.choose(self.sequences, self.drafter), self.controller.holds
 
     @torch.inference_mode()
