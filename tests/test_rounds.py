@@ -37,8 +37,19 @@ class Counted:
         play = kind.play
 
         def counted(lm: CachedLM, asked: Rounds, draft: CachedLM | None) -> Played | None:
+            before = list(lm.lengths)
             played = play(lm, asked, draft)
             if played is not None:
+                for b, text in enumerate(
+                    asked.texts
+                ):  # all but the last token is read, by the target; of two, by the draft
+                    new = sum(len(tokens[b]) for tokens in played.tokens)
+                    assert lm.lengths[b] == before[b] + new
+                    if draft is not None and asked.drafted:
+                        assert draft.lengths[b] + len(text) >= lm.lengths[b] and lm.lengths[b] - draft.lengths[b] in (
+                            0,
+                            1,
+                        )
                 self.calls, self.rounds = self.calls + 1, self.rounds + len(played.tokens)
                 self.drafted += sum(asked.proposed) * len(played.tokens)
             return played
