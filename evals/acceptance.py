@@ -81,9 +81,10 @@ class Timing(FixedLength):
         super().__init__(num_draft_tokens)
         self.seconds: dict[int, list[tuple[float, float]]] = {}
 
-    def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
-        super().observe(step, draft_seconds, step_seconds)
-        self.seconds.setdefault(max(step.drafted), []).append((step_seconds, draft_seconds))
+    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float) -> None:
+        super().observe(steps, draft_seconds, step_seconds)
+        taken = step_seconds / len(steps), draft_seconds / len(steps)
+        self.seconds.setdefault(max(steps[0].drafted), []).extend([taken] * len(steps))
 
 
 class TimedEngine(Engine):

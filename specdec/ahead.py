@@ -30,9 +30,9 @@ class Ahead:
     ) -> Played | None:
         """Up to ``most`` rounds with drafts of these lengths; None, and nothing done, where single steps are as good."""
         drafts = any(lengths)
-        places = zip(sequences.draft_limits(), lengths, strict=True)
-        room = min((limit + 1) // (length + 1) for limit, length in places)
-        most = min(most, _MOST_ROUNDS, room, int(_MOST_SECONDS / self._seconds.get(drafts, _MOST_SECONDS)))
+        limits = sequences.draft_limits()
+        most = min(most, _MOST_ROUNDS, int(_MOST_SECONDS / self._seconds.get(drafts, _MOST_SECONDS)))
+        most = min(most, min(limits) + 1)  # every round brings one token at least
         if most < 2 or not sequences.runs_alone:
             return None
         temperatures = None if sequences.greedy else sequences.temperatures
@@ -41,12 +41,14 @@ class Ahead:
         unread: list[int] | None = [1] * len(sequences)
         if drafts:
             model = drafter if type(drafter) is ModelDrafter else None  # others find their guesses in other ways
-            unread = None if model is None else model.unread(sequences, most * (max(lengths) + 1))
+            longest = max(lengths) + 1
+            more = min(most * longest, max(limits) + longest)
+            unread = None if model is None else model.unread(sequences, more)
         if unread is None:
             return None
         seeds, starts = sequences.keys_here
         asked = Rounds(
-            [row.tokens[-count:] for row, count in zip(sequences.rows, unread, strict=True)], lengths, most,
+            [row.tokens[-count:] for row, count in zip(sequences.rows, unread, strict=True)], lengths, limits, most,
             sequences.vocab_size, sequences.end_ids, rule, temperatures, seeds, starts,
         )  # fmt: skip
         played = self._target.play(asked, drafter.lm if isinstance(drafter, ModelDrafter) else None)

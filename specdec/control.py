@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +22,7 @@ _PROBE_SHARE = 0.006  # of all time may be lost by trying
 _GRACE = 8.0  # plain steps whose time it may lose beyond it
 _MOST_AT_ONCE = 4.0  # plain steps, lost by one step; what took longer was disturbed, or is measured again and given up
 _CHECK = 5  # plain steps that are measured before any draft, and before it is believed that drafts lose
-_MEASURED_PASSES = 4  # of a plain step that is measured; one of several counts twice
+_MEASURED_PASSES = 8  # of a plain step that is measured; one of several counts twice
 _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many after each that showed nothing
 _PROBE_STEPS, _PROBE_TOKENS = 8, 2  # of one such try; the first ones take longer than others
 _LEAST_LEFT = 32  # tokens that rows must have before them to be worth a try
@@ -29,7 +30,9 @@ _LEAST_READ = 32  # unread tokens that say what reading costs
 _STAY, _LONGEST_STAY = 8, 64  # steps that a choice is kept; twice as many each time it stays the same
 _STAY_CARE = 0.1  # that share of them, at most, in plain steps, may go into deciding where it is dear
 _DEAR, _SHORT_STAY = 0.05, 3  # the same where every step's text counts, but deciding takes that share of a plain step
-_REFUSED = 3  # steps in a row without one accepted token, after which it is not waited for the next decision
+# Steps in a row without one accepted token, at least, that are less likely than this if what is believed holds: it is not
+# waited for the next decision then.
+_REFUSED, _UNLIKELY = 3, 0.01
 _NEW = 0.05  # weight of the latest step in running means
 # Plain passes that follow the first one after it was found best; twice as many each time again, all together powers of two.
 _REST, _LONGEST_REST = 3, 63
@@ -41,16 +44,23 @@ _SETTLES, _SETTLE_SECONDS = 4, 2e-3
 _WORTH = 1.05  # how much faster than plain decoding drafts must promise to be to begin
 _STILL_WORTH = 1.02  # and to go on
 _NEARLY, _NEARLY_IF_DEAR = 1.01, 1.03  # of two choices that differ less, the one made before is kept
+# Every so many decisions one that seems not much slower is made, if what it takes was not measured lately.
+_ASIDE, _ALMOST, _NOT_LATELY = 4, 1.15, 16
 
 
 class Timed(NamedTuple):
-    """A step, what it took, how many tokens the draft model had to read first, and whether it followed others alike."""
+    """Steps that were measured together, how many tokens a draft model had to read first, and whether others alike came before."""
 
-    step: Step
+    steps: Sequence[Step]
     draft_seconds: float
     step_seconds: float
     unread: int
     is_settled: bool
+
+    @property
+    def passes(self) -> int:
+        """Of the target."""
+        return sum(step.passes for step in self.steps)
 
 
 class Adaptive:
@@ -76,17 +86,18 @@ class Adaptive:
         self._ids: list[int] = []  # of the rows
         self._rows = self._age = 0
         self._care = 0.0  # seconds per drafted step that learning from the last ones took
-        self._refused = 0  # steps in a row whose drafts were refused, all of them
+        self._refused, self._patience = 0, _REFUSED  # steps in a row whose drafts were all refused, and so many are too many
         # Drafts since a plain step was measured well, and until one must be.
         self._since_settled, self._trust = 0, _TRUST
         self._alike, self._drafted = 0, False  # steps of the kind of the last one, in a row; whether it drafted
         self._alike_seconds = 0.0  # that they took
         self._promise = 1.0  # how much faster than plain decoding the latest choice should be
         self._lengths: list[int] = []
-        self._depth = 0  # of the longest of them
+        self._kept = 0, 0  # depth and tokens of the latest choice but those aside
+        self._decisions, self._is_aside = 0, False  # with drafts of a model; whether the latest one was made to measure it
         self._stay = _STAY
         self._check = 0  # plain steps to measure before anything else
-        self._holds, self._done = 1, 0  # steps that the latest choice holds for, and that were made since
+        self._holds = 1  # steps that the latest choice holds for
         self._rest = 0  # steps of plain decoding before anything is thought about again
         self._next_rest, self._rested = _REST, 0  # steps of the next rest, and of the last one
         self._free = True  # whether rows whose drafts cost passes of a model go without
@@ -101,7 +112,6 @@ class Adaptive:
         return self._holds
 
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
-        self._done = 0
         rows, ids = len(sequences.rows), [row.id for row in sequences.rows]
         if ids != self._ids:
             self._end_spell()
@@ -124,6 +134,7 @@ class Adaptive:
         most = getattr(drafter, "most_draft_tokens", MOST_DRAFT_TOKENS)  # of a tree more than of a chain
         limits = [min(limit, most) for limit in sequences.draft_limits()]
         if is_new:
+            self._end_spell()
             started = time.perf_counter()
             self._decide(sequences, foresight, limits)
             if self.costs.knows(rows, 0):
@@ -142,73 +153,81 @@ class Adaptive:
             self._holds = 1 if self._is_restless else 1 + max(0, self._age)
         return [min(length, limit) for length, limit in zip(lengths, limits, strict=True)]
 
-    def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
-        self.decisions.count(max(step.drafted), step.passes)
-        self._since += step.passes
-        if any(step.drafted) != self._drafted:
+    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float) -> None:
+        self.decisions.count(steps)
+        first, passes = steps[0], sum(step.passes for step in steps)
+        unread = self._unread(first.rows) if draft_seconds else 0
+        self._since = 0 if draft_seconds else self._since + passes
+        if any(first.drafted) != self._drafted:
             self._alike, self._alike_seconds, self._drafted = 0, 0.0, not self._drafted
-        before = self._alike + step.passes // 2, self._alike_seconds + (draft_seconds + step_seconds) / 2
+        before = self._alike + passes // 2, self._alike_seconds + (draft_seconds + step_seconds) / 2
         is_settled = before[0] >= _SETTLES or before[1] > _SETTLE_SECONDS
-        self._alike, self._alike_seconds = self._alike + step.passes, 2 * before[1] - self._alike_seconds
-        self._done += 1
-        if self._done > 1:  # of several rounds without a choice in between
-            self._age, self._probing = self._age - 1, max(0, self._probing - 1)
-        self._check, self._rest = max(0, self._check - (step.passes > 1)), max(0, self._rest - step.passes + 1)
+        self._alike, self._alike_seconds = self._alike + passes, 2 * before[1] - self._alike_seconds
+        self._age, self._probing = self._age - len(steps) + 1, max(0, self._probing - len(steps) + 1)
+        self._check, self._rest = max(0, self._check - (passes > 1)), max(0, self._rest - passes + 1)
         if self._rest:  # nothing is decided before the last step of one
-            self._rested += step.passes
+            self._rested += passes
         else:
-            unread = self._unread(step.rows) if draft_seconds else 0
-            begins = self._drafted and len(step.rows) not in self._begun
-            if begins or step.is_first:  # what it took says nothing
-                self._begun.update([len(step.rows)] * begins)
-                self._experience.count_chains([row.id for row in step.rows], [step.drafted], [step.accepted])
+            timed = Timed(steps, draft_seconds, step_seconds, unread, is_settled)
+            begins = self._drafted and len(first.rows) not in self._begun
+            if begins or first.is_first:  # what it took says nothing
+                self._begun.update([len(first.rows)] * begins)
+                self._count_drafts([timed])
                 if unread >= _LEAST_READ:
                     self.costs.count_reading(draft_seconds / unread)
             else:
-                self._spell.append(Timed(step, draft_seconds, step_seconds, unread, is_settled))
-            if draft_seconds:
-                self._since = 0
-                self._has_read = {row.id for row in step.rows} if unread else self._has_read
-            self._refused = self._refused + 1 if self._drafted and not any(step.accepted) else 0
-            if self._refused >= _REFUSED:  # what was believed does not hold
-                self._age = 0
-            if self._is_restless or self._tries or self._age <= 0 or step.finished:
+                self._spell.append(timed)
+            if unread:
+                self._has_read = {row.id for row in first.rows}
+            self._look_for_refusals(steps)
+            if self._is_restless or self._tries or self._probing or steps[-1].finished:
                 self._end_spell()
-        if step.finished:
-            ended = [step.rows[slot].id for slot in step.finished]
+        if steps[-1].finished:
+            ended = [steps[-1].rows[slot].id for slot in steps[-1].finished]
             self._experience.forget(ended)
             self._has_read.difference_update(ended)
+
+    def _look_for_refusals(self, steps: Sequence[Step]) -> None:
+        """Decide anew where what was believed does not hold."""
+        for step in steps:
+            self._refused = self._refused + 1 if self._drafted and not any(step.accepted) else 0
+            if self._refused >= self._patience:
+                self._age = 0
 
     def _end_spell(self) -> None:
         """Learn from what was done since the last decision, and how long that takes."""
         if self._spell:
-            started = time.perf_counter()
+            started, count = time.perf_counter(), sum(len(timed.steps) for timed in self._spell)
             self._learn(self._spell)
-            self._care = (time.perf_counter() - started) / len(self._spell) * self._drafted
+            self._care = (time.perf_counter() - started) / count * self._drafted
             self._spell = []
 
     def _learn(self, spell: list[Timed]) -> None:
         """Learn from steps of the same rows and the same choice."""
-        first, rows, count = spell[0].step, len(spell[0].step.rows), sum(timed.step.passes for timed in spell)
+        rows, count = len(spell[0].steps[0].rows), sum(timed.passes for timed in spell)
         for timed in spell:
             self._time(timed, rows)
-        width = max(max(timed.step.drafted) for timed in spell)
-        if width:
-            lengths, accepted = zip(*((timed.step.drafted, timed.step.accepted) for timed in spell), strict=True)
-            self._experience.count_chains([row.id for row in first.rows], lengths, accepted)
-        brought = sum(sum(timed.step.committed) for timed in spell) / rows
+        self._count_drafts(spell)
+        brought = sum(sum(step.committed) for timed in spell for step in timed.steps) / rows
         fades = (1 - _NEW) ** count
         self._brought = fades * self._brought + (1 - fades) * brought / count
         by_model = sum(timed.draft_seconds for timed in spell)
-        is_try = bool(width) and (self._tries or by_model > 0 and (self._free or not any(self._lengths)))
+        is_try = self._drafted and (self._tries or by_model > 0 and (self._free or not any(self._lengths)))
         self.decisions.probes += count * is_try
         if self.costs.knows(rows, 0):
             self._account_for(spell, brought, is_try=is_try)
 
+    def _count_drafts(self, spell: list[Timed]) -> None:
+        """Learn how the drafts of these steps fared."""
+        steps = [step for timed in spell for step in timed.steps]
+        if any(steps[0].drafted):
+            ids = [row.id for row in steps[0].rows]
+            self._experience.count_chains(ids, [step.drafted for step in steps], [step.accepted for step in steps])
+
     def _account_for(self, spell: list[Timed], brought: float, *, is_try: bool) -> None:
         """Enter steps into what drafts and tries may lose; ``brought`` are their tokens per row."""
-        first, rows, count = spell[0].step, len(spell[0].step.rows), sum(timed.step.passes for timed in spell)
-        width = max(max(timed.step.drafted) for timed in spell)
+        first, rows = spell[0].steps[0], len(spell[0].steps[0].rows)
+        width, count = max(first.drafted), sum(timed.passes for timed in spell)
         by_model = sum(timed.draft_seconds for timed in spell)
         # What the machine does besides disturbs single steps, long ones more often, so accounts are kept in usual seconds.
         plain, drafted = float(self.costs.passes(rows, 0)[0]), sum(first.drafted)
@@ -234,22 +253,24 @@ class Adaptive:
             self._book(seconds, plain, brought if width else None)
 
     def _time(self, timed: Timed, rows: int) -> None:
-        """Note what one step took."""
-        width, seconds = max(timed.step.drafted), timed.step_seconds / timed.step.passes
+        """Note what steps took."""
+        first, count = timed.steps[0], len(timed.steps)
+        width, draft_seconds = max(first.drafted), timed.draft_seconds / count
+        seconds = timed.step_seconds / timed.passes
         if timed.unread >= _LEAST_READ:
-            expected = min(timed.draft_seconds, float(self.costs.drafts(rows, width)[width]))
-            self.costs.count_reading((timed.draft_seconds - expected) / timed.unread)
-        elif timed.draft_seconds and not timed.unread:
-            self.costs.count_draft(rows, width, timed.draft_seconds)
+            expected = min(draft_seconds, float(self.costs.drafts(rows, width)[width]))
+            self.costs.count_reading((draft_seconds - expected) / timed.unread)
+        elif draft_seconds and timed.unread < count:
+            self.costs.count_draft(rows, width, draft_seconds)
         is_settled = timed.is_settled
         if width:
-            self._since_settled += 1
+            self._since_settled += count
         else:
             if is_settled or not self.costs.knows(rows, 0):
                 self._note_plain(seconds, rows)
             # Even a plain step that follows others takes at most that long, so what is believed is too much.
             is_settled |= self.costs.is_settled(rows) and seconds < self.costs.passes(rows, 0)[0]
-        self.costs.count_pass(rows, sum(timed.step.drafted), seconds + self._care, is_settled=is_settled)
+        self.costs.count_pass(rows, sum(first.drafted), seconds + self._care, is_settled=is_settled)
 
     def _note_plain(self, seconds: float, rows: int) -> None:
         """A plain step was measured well. It need not be again so soon if drafts promise to pay all the same."""
@@ -272,7 +293,7 @@ class Adaptive:
 
     def _unread(self, rows: Sequence[Row]) -> int:
         """About how many tokens a draft model has to read before it can draft as usual."""
-        return sum(self._since - 1 if row.id in self._has_read else len(row.tokens) for row in rows)
+        return sum(self._since if row.id in self._has_read else len(row.tokens) for row in rows)
 
     def _price(self) -> float:
         """What the time of one token of a model's usual draft could have brought instead, in tokens per row."""
@@ -299,14 +320,16 @@ class Adaptive:
             outlook = foresight.outlook(sequences, limits, self._price())
         else:
             outlook = Outlook(self._experience.survival(ids, limits), np.ones(len(limits), dtype=bool))
-        before = sum(self._lengths), self._free
+        before = self._kept, self._free
+        self._is_aside = False
         self._lengths, self._free, self._tries = self._best(sequences, outlook)
         drafted = sum(self._lengths)
         least = int(self._deciding / _STAY_CARE) if self._is_dear else _STAY
-        self._stay = min(max(2 * self._stay if (drafted, self._free) == before else _STAY, least), _LONGEST_STAY)
+        if not self._is_aside:
+            self._stay = min(max(2 * self._stay if (self._kept, self._free) == before else _STAY, least), _LONGEST_STAY)
         is_settled = self._knows_plain and self.costs.knows(self._rows, drafted)
-        stay = self._stay if foresight is None else _SHORT_STAY
-        self._age = _PROBE_STEPS if self._tries else stay if is_settled else 0
+        stay = _SHORT_STAY if foresight is not None else _STAY if self._is_aside else self._stay
+        self._age = _PROBE_STEPS if self._tries else stay if is_settled else _SHORT_STAY * self._is_dear
         if drafted:
             self._next_rest = _REST
             self._experience.fade(row for row, length in zip(ids, self._lengths, strict=True) if not length)
@@ -350,7 +373,7 @@ class Adaptive:
             with_model = both.best()
             if with_model is not None and (plan is None or with_model.seconds < plan.seconds):
                 plans, plan, is_free = both, with_model, False
-                before = None if self._free else both.like(self._depth, sum(self._lengths))
+                before = None if self._free else both.like(*self._kept)
                 nearly = _NEARLY_IF_DEAR if self._is_dear else _NEARLY
                 if before is not None and before.seconds < nearly * plan.seconds:
                     plan = before  # looking less often is worth more
@@ -359,8 +382,24 @@ class Adaptive:
         self.decisions.expected, self.decisions.plain = self._rows / min(seconds, plain), self._rows / plain
         if plan is None or self._promise < (_STILL_WORTH if any(self._lengths) else _WORTH):
             return none
-        self._depth = plan.depth
-        return plans.lengths(plan), is_free, tries
+        self._kept = plan.depth, plan.tokens
+        if not (tries or is_free or self._is_restless):
+            plan = self._aside(plans, plan)
+        lengths = plans.lengths(plan)
+        refused = (1 - survival[np.array(lengths) > 0, 0]).prod()  # the chance of a step without one accepted token
+        self._patience = max(_REFUSED, math.ceil(math.log(_UNLIKELY) / math.log(refused.clip(1e-3, 0.9))))
+        return lengths, is_free, tries
+
+    def _aside(self, plans: Plans, plan: Plan) -> Plan:
+        """Now and then a neighbour of ``plan`` that may be better by now; else ``plan``."""
+        self._decisions += 1
+        if self._decisions % _ASIDE:
+            return plan
+        near = [plans.of_depth(depth) for depth in (plan.depth // 2, plan.depth - 1, plan.depth + 1, 2 * plan.depth)]
+        ages = {self.costs.age(self._rows, p.tokens): p for p in near if p and p.seconds < _ALMOST * plan.seconds}
+        oldest = max(ages, default=0)
+        self._is_aside = oldest > _NOT_LATELY
+        return ages[oldest] if self._is_aside else plan
 
     def _probe_steps(self, sequences: Sequences) -> int:
         """Whether it is time to see how drafts fare, and for how many steps there is time to lose."""

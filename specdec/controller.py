@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from specdec.draft import Drafter
@@ -15,7 +16,7 @@ _MANY = 1 << 20  # steps
 
 
 class Controller(Protocol):
-    """Decides before each step and is told afterwards what came of it and how long it took.
+    """Decides before a step, or several, and is told afterwards what came of them and how long they took.
 
     ``decisions`` are counted since whoever reads them last put new ones in their place.
     """
@@ -29,8 +30,8 @@ class Controller(Protocol):
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         """Draft lengths of the live rows."""
 
-    def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
-        """A step that drafted, or not, as chosen; ``step_seconds`` without ``draft_seconds``."""
+    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float) -> None:
+        """Steps that drafted, or not, as chosen, one after the other; ``step_seconds`` of all without ``draft_seconds``."""
 
 
 class FixedLength:
@@ -47,6 +48,6 @@ class FixedLength:
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         return [min(self.num_draft_tokens, limit) for limit in sequences.draft_limits()]
 
-    def observe(self, step: Step, draft_seconds: float, step_seconds: float) -> None:
+    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float) -> None:
         """Nothing to learn."""
-        self.decisions.count(max(step.drafted), step.passes)
+        self.decisions.count(steps)

@@ -1,7 +1,9 @@
 """What passes cost: seconds of a target pass that checks N drafted tokens of B rows, and of drafts; what drafts may lose.
 
-Measured while decoding; what was not measured is interpolated. Kept per machine and
-model in the cache directory, so that the next program begins with what this one learned.
+Measured while decoding; what was not measured is interpolated. A machine that others use as well becomes faster and slower
+for seconds at a time, and more so than lengths differ, so what was measured a while ago is scaled by what became of what was
+measured beside it. Kept per machine and model in the cache directory, so that the next program begins with what this one
+learned.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from numpy.typing import NDArray
 _LATEST, _LATEST_PLAIN = 7, 3  # measurements of each cell; plain decoding is seldom measured where drafts pay
 _REMEMBERED = 3  # of another program
 _ENOUGH = 2  # the first pass of a shape may pay for its preparation
-_OLD = 256  # measurements after which one that was not repeated counts no more
+_OLD = 128  # measurements after which one that was not repeated counts no more
 _LOST_SHARE = 0.005  # of all time may be lost by drafting that promised to pay
 _MOST_LOST = 20.0  # plain steps whose time it may lose beyond it
 _TRUST = 0.25  # how much of what may be lost must have come together before drafts that lost it are made again
 _FRESH = 24  # measurements after which interpolations are made anew; at once after a plain pass
-_FASTER = 0.93  # of a time is less than chance brings about
+_SAME = 0.93  # of a time is no more than chance brings about
+_BESIDE = 16  # measurements in which two were taken beside each other
 _USUAL = 64  # tokens of which interpolations are made together
 _SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # that stand for others
 
@@ -39,6 +42,7 @@ class Cell:
     def __init__(self, measured: Iterable[tuple[float, float]] = (), latest: int = _LATEST) -> None:
         self.latest = deque(measured, maxlen=latest)
         self.when, self.is_settled = 0, bool(self.latest)
+        self.beside: dict[int, float] = {}  # what was typical of other cells beside which this one was measured
 
     def add(self, tokens: float, seconds: float, when: int, is_settled: bool = True) -> None:
         """Add a measurement, the ``when``-th of all; those that were not settled count only until there is one that is."""
@@ -69,30 +73,32 @@ class Costs:
         self._passes: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of all -> seconds
         self._drafts: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of each -> seconds
         self._reading = Cell()
-        # Of when a plain pass was measured: rows -> drafted tokens -> seconds.
-        self._beside: dict[int, dict[int, float]] = {}
         self._curves: dict[tuple[str, int, int], tuple[int, NDArray[np.float64]]] = {}
         self._count = 0
 
     def count_pass(self, rows: int, drafted: int, seconds: float, *, is_settled: bool = True) -> None:
         """Add a step over ``rows`` rows that checked so many tokens in all, and whether it followed others of its kind."""
-        size = _size(drafted)
         cells = self._passes.setdefault(_size(rows), {})
-        cell = cells.setdefault(size, _cell(size))
-        self._add(cell, drafted, seconds, is_settled)
+        self._add(cells, _size(drafted), drafted, seconds, is_settled)
         if not drafted:
             self._curves.clear()
-            self._beside[_size(rows)] = {n: other.typical for n, other in cells.items() if n}
 
     def count_draft(self, rows: int, tokens: int, seconds: float) -> None:
         """Add the drafting of ``tokens`` tokens for each of ``rows`` rows."""
-        self._add(self._drafts.setdefault(_size(rows), {}).setdefault(tokens, Cell()), tokens, seconds)
+        self._add(self._drafts.setdefault(_size(rows), {}), tokens, tokens, seconds)
 
     def count_reading(self, seconds: float) -> None:
         """Add what a draft model took for each token that it had to read before it could draft."""
-        self._add(self._reading, 1, seconds)
+        self._reading.add(1, seconds, self._count)
 
-    def _add(self, cell: Cell, tokens: int, seconds: float, is_settled: bool = True) -> None:
+    def _add(self, cells: dict[int, Cell], size: int, tokens: int, seconds: float, is_settled: bool = True) -> None:
+        cell = cells.setdefault(size, _cell(size))
+        if cell.when < self._count - 1 or not cell.beside:
+            cell.beside = {
+                n: other.typical
+                for n, other in cells.items()
+                if other is not cell and other.when and self._count - other.when < _BESIDE
+            }
         self._count += 1
         cell.add(tokens, seconds, self._count, is_settled)
 
@@ -105,6 +111,11 @@ class Costs:
         """Whether passes over that many rows that checked about so many tokens were measured often enough to count on."""
         cell = self._passes.get(_size(rows), {}).get(_size(drafted))
         return cell is not None and len(cell.latest) >= _ENOUGH
+
+    def age(self, rows: int, drafted: int) -> int:
+        """Measurements since a pass over that many rows that checked about so many tokens was the latest of them."""
+        cell = self._passes.get(_size(rows), {}).get(_size(drafted))
+        return self._count - (0 if cell is None else cell.when)
 
     def most_drafted(self, rows: int) -> int:
         """The most tokens that such passes checked, among others of their kind; 0 if there were none that did."""
@@ -130,34 +141,22 @@ class Costs:
         cells = (self._passes if what == "passes" else self._drafts)[size]
         made, curve = self._curves.get((what, size, len(cells)), (-_FRESH, np.empty(0)))
         if self._count - made >= _FRESH or len(curve) <= most:
-            pace = self._pace(size) if what == "passes" else 1.0
-            curve = _interpolated(self._fresh(cells, pace), max(most, _USUAL), from_nothing=what == "drafts")
+            curve = _interpolated(self._fresh(cells), max(most, _USUAL), from_nothing=what == "drafts")
             self._curves[what, size, len(cells)] = (self._count, curve)
         return curve[: most + 1]
 
-    def _pace(self, rows: int) -> float:
-        """What share passes with drafts take of what they took beside the latest plain one, if they became faster.
+    def _fresh(self, cells: dict[int, Cell]) -> dict[float, float]:
+        """Seconds by tokens as they should be by now; without what was measured once or long ago, so that it is tried again.
 
-        The machine did then, and plain passes are measured too seldom to show it; if it became slower, drafts seem to lose,
-        and plain passes are measured soon.
-        """
-        cells, beside = self._passes[rows], self._beside.get(rows, {})
-        since = cells[0].when if 0 in cells else 0
-        shares = sorted(cells[n].typical / seconds for n, seconds in beside.items() if cells[n].when > since)
-        share = shares[(len(shares) - 1) // 2] if shares else 1.0
-        return share if share < _FASTER else 1.0
-
-    def _fresh(self, cells: dict[int, Cell], pace: float) -> dict[float, float]:
-        """Typical seconds by tokens; without what was measured once or long ago, so that it will be tried again.
-
-        Those of plain passes times ``pace``.
+        Where the machine seems slower than when a plain pass was measured, that one is not believed to be so too: if it is
+        not, drafts lose, and if it is, they only seem to, and it will be measured soon.
         """
         drafted = [c for n, c in cells.items() if n and self._count - c.when < _OLD] or [
             c for n, c in cells.items() if n
         ]
         sure = [c for c in drafted if c.is_settled and len(c.latest) >= _ENOUGH]
-        plain = {0.0: pace * cells[0].typical} if 0 in cells else {}
-        return plain | {cell.tokens: cell.typical for cell in sure or drafted}
+        plain = {0.0: min(1.0, _pace(cells[0], cells)) * cells[0].typical} if 0 in cells else {}
+        return plain | {cell.tokens: _pace(cell, cells) * cell.typical for cell in sure or drafted}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -216,6 +215,13 @@ class Account:
         self._tokens = self._seconds = 0.0
 
 
+def _pace(cell: Cell, cells: dict[int, Cell]) -> float:
+    """What others that were measured since take of what they took beside ``cell``: the machine changed by that."""
+    shares = sorted(cells[n].typical / seconds for n, seconds in cell.beside.items() if cells[n].when > cell.when)
+    share = shares[(len(shares) - 1) // 2] if shares else 1.0
+    return 1.0 if _SAME < share < 1 / _SAME else share
+
+
 def _cell(size: int, measured: Iterable[tuple[float, float]] = ()) -> Cell:
     return Cell(measured, _LATEST if size else _LATEST_PLAIN)
 
@@ -234,10 +240,10 @@ def _interpolated(cells: dict[float, float], most: int, *, from_nothing: bool) -
     """Seconds for 0 .. ``most`` tokens: along lines between what was measured, and on from there to both sides.
 
     Drafts begin with 0 seconds ``from_nothing``. A pass that checks anything does more than a plain one, so that the line
-    of those that did does not lead to it, unless only one was measured.
+    of those that did does not lead to it, unless only one was measured; and none of those takes less.
     """
-    wanted, least = np.arange(most + 1), 0.0 if from_nothing else cells.get(0, 0.0)
     known = {tokens: seconds for tokens, seconds in cells.items() if tokens}
+    wanted, least = np.arange(most + 1), 0.0 if from_nothing else min([cells.get(0, 0.0), *known.values()])
     if len(known) < 2 or from_nothing:
         known[0] = least
     tokens, seconds = np.array(sorted(known.items())).T

@@ -202,17 +202,21 @@ class Call:
             # A GPU drafts while the host goes on: what it took is known by now. Lookups count as part of the step.
             drafting = _model_seconds(drafter) - before
             step = replace(step, is_first=Graphs.preparations > prepared)
-            yield self._observed(step, max(drafting, proposing) if drafting > 0 else 0.0, watch)
+            self._observe([step], max(drafting, proposing) if drafting > 0 else 0.0, watch.lap())
+            yield step
             return
         is_first = Graphs.preparations > prepared
         passes = 1 if any(lengths) else len(played.tokens)
         played = played if any(lengths) else played.at_once()
-        count = len(played.tokens)
-        drafting = (_model_seconds(drafter) - before) / count
-        for tokens, accepted in zip(played.tokens, played.accepted, strict=True):
-            watch = Stopwatch()
-            step = sequences.enter(tokens, lengths, accepted, passes, is_first)
-            yield self._observed(step, drafting, watch, played.seconds / count)
+        steps: list[Step] = []
+        seconds = 0.0  # without those of whoever takes the steps
+        for given in zip(*played[:3], strict=True):
+            steps.append(sequences.enter(*given, passes, is_first))
+            seconds += watch.lap()
+            if len(steps) == len(played.tokens):
+                self._observe(steps, _model_seconds(drafter) - before, seconds)
+            yield steps[-1]
+            watch.lap()
 
     def _choose(self) -> tuple[list[int], int]:
         """How much to draft for every row, and for how many rounds."""
@@ -236,17 +240,17 @@ class Call:
         self.plain_next = bool(step.retried)
         return step, proposing
 
-    def _observed(self, step: Step, drafting: float, watch: Stopwatch, taken: float = 0.0) -> Step:
-        """Tell everybody about a round; it took what ``watch`` says and ``taken``, ``drafting`` included."""
+    def _observe(self, steps: list[Step], drafting: float, seconds: float) -> None:
+        """Tell everybody about rounds that took so long in all, ``drafting`` included."""
         if self.drafter is not None:
             with torch.inference_mode():
-                self.drafter.observe(step)
-        self._count(step)
-        taken += watch.lap()
-        if not step.is_first:
-            self.engine.ahead.observe(any(step.drafted), taken / step.passes)
-        self.controller.observe(step, drafting, taken - drafting)
-        return step
+                for step in steps:
+                    self.drafter.observe(step)
+        for step in steps:
+            self._count(step)
+        if not steps[0].is_first:
+            self.engine.ahead.observe(any(steps[0].drafted), seconds / sum(step.passes for step in steps))
+        self.controller.observe(steps, drafting, seconds - drafting)
 
     def _read(self, draft: Draft) -> Step:
         """One pass over a draft, judged, and what it leaves entered."""

@@ -47,6 +47,12 @@ class Plans:
         row, column = np.unravel_index(self._seconds.argmin(), self._seconds.shape)
         return self._plan(int(row), int(column))
 
+    def of_depth(self, depth: int) -> Plan | None:
+        """The best one of that depth, if there is one."""
+        if not (self._seconds.size and 1 <= depth <= len(self._depths) > 1):
+            return None
+        return self._plan(depth - 1, int(self._seconds[depth - 1].argmin()))
+
     def like(self, depth: int, count: int) -> Plan | None:
         """The one of that depth and number of tokens, if there is one."""
         row = depth - 1 if len(self._depths) > 1 else 0

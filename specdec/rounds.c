@@ -21,6 +21,7 @@ typedef struct {
     int64_t rows, most;      /* rounds */
     int64_t drafted;         /* K, tokens that the draft model proposes for a row */
     const int64_t *proposed; /* [rows]: how many of them are checked */
+    int64_t *limits;         /* [rows]: the most that are, so near the end of a row; a round is the last if it passes one */
     int64_t vocabulary;
     int64_t *texts;          /* [rows, stride]: ends of the rows' texts, with room for what comes */
     int64_t stride;
@@ -80,7 +81,7 @@ static int64_t guess(const Reader *draft, const Rounds *r, int64_t place) {
     return 1;
 }
 
-static int64_t propose(Reader *draft, const Rounds *r) {
+static int64_t propose(Reader *draft, const Rounds *r, int64_t drafted) {
     int64_t begins[r->rows], read[r->rows], rows = r->rows;
     for (int64_t b = 0; b < rows; b++) begins[b] = r->ends[b] - r->unread[b];
     take(draft, r, begins, r->unread, NULL);
@@ -92,16 +93,16 @@ static int64_t propose(Reader *draft, const Rounds *r) {
     for (int64_t i = 0;; i++) {
         project(draft, rows);
         if (!guess(draft, r, i)) return 0;
-        if (i + 1 == r->drafted) return 1;
+        if (i + 1 == drafted) return 1;
         take(draft, r, begins, NULL, read);
         for (int64_t b = 0; b < rows; b++) begins[b]++, read[b]++;
     }
 }
 
-/* How many tokens of a row's draft survive, and the one that follows; 0 where torch must decide. logits [proposed + 1] */
-static int64_t decide(const Rounds *r, int64_t b, const float *logits, int64_t width, int64_t *accepted, int64_t *next) {
+/* How many of a row's `proposed` tokens survive, and the one that follows; 0 where torch must decide. logits [proposed + 1] */
+static int64_t decide(const Rounds *r, int64_t b, int64_t proposed, const float *logits, int64_t width, int64_t *accepted,
+                      int64_t *next) {
     const int64_t *tokens = r->texts + b * r->stride + r->ends[b];
-    int64_t proposed = r->proposed[b];
     if (!r->temperatures) {
         for (*accepted = 0;; ++*accepted) {
             *next = largest_token(logits + *accepted * width, r->vocabulary);
@@ -123,18 +124,20 @@ static int64_t is_stop(const Rounds *r, int64_t token) {
     return 0;
 }
 
-/* Enter what the round brought; whether a row may have come to its end. */
-static int64_t enter(Reader *target, Reader *draft, Rounds *r, const int64_t *accepted, const int64_t *next) {
+/* Enter what the round brought, that drafted so many tokens; whether a row may have come to its end. */
+static int64_t enter(Reader *target, Reader *draft, Rounds *r, int64_t drafted, const int64_t *accepted, const int64_t *next) {
     int64_t ended = 0;
     for (int64_t b = 0; b < r->rows; b++) {
         int64_t count = accepted[b] + 1, *text = r->texts + b * r->stride + r->ends[b];
         text[accepted[b]] = next[b];
         for (int64_t i = 0; i < count; i++) ended |= is_stop(r, text[i]);
-        r->ends[b] += count, r->starts[b] += count, target->lengths[b] += count;
-        if (!r->drafted) continue;
-        int64_t read = accepted[b] < r->drafted ? accepted[b] : r->drafted - 1; /* of the draft; its last token is unread */
-        draft->lengths[b] += r->unread[b] + read;
-        r->unread[b] = count - read;
+        r->ends[b] += count, r->starts[b] += count, r->limits[b] -= count, target->lengths[b] += count;
+        ended |= r->limits[b] < 0;
+        r->unread[b] += count;
+        if (!drafted) continue;
+        int64_t read = r->unread[b] - count + (accepted[b] < drafted ? accepted[b] : drafted - 1); /* never the last drafted */
+        draft->lengths[b] += read;
+        r->unread[b] -= read;
     }
     return ended;
 }
@@ -143,20 +146,25 @@ static int64_t enter(Reader *target, Reader *draft, Rounds *r, const int64_t *ac
 int64_t rounds(Reader *target, Reader *draft, Rounds *r) {
     int64_t begins[r->rows], counts[r->rows], next[r->rows];
     for (int64_t round = 0; round < r->most; round++) {
+        int64_t drafted = 0;
+        for (int64_t b = 0; b < r->rows; b++) {
+            int64_t count = r->proposed[b] < r->limits[b] ? r->proposed[b] : r->limits[b];
+            drafted = count > drafted ? count : drafted;
+            begins[b] = r->ends[b] - 1, counts[b] = count + 1;
+        }
         double begun = now();
-        if (r->drafted && !propose(draft, r)) return round;
+        if (drafted && !propose(draft, r, drafted)) return round;
         double proposed = now();
-        for (int64_t b = 0; b < r->rows; b++) begins[b] = r->ends[b] - 1, counts[b] = r->proposed[b] + 1;
         take(target, r, begins, counts, NULL);
         project(target, target->pass.tokens);
         int64_t *accepted = r->accepted + round * r->rows;
         double read = now();
         for (int64_t b = 0; b < r->rows; b++) {
             const float *logits = target->logits + target->pass.row_begins[b] * target->width;
-            if (!decide(r, b, logits, target->width, accepted + b, next + b)) return round;
+            if (!decide(r, b, counts[b] - 1, logits, target->width, accepted + b, next + b)) return round;
         }
         draft->seconds += proposed - begun, target->seconds += read - proposed;
-        if (enter(target, draft, r, accepted, next)) return round + 1;
+        if (enter(target, draft, r, drafted, accepted, next)) return round + 1;
     }
     return r->most;
 }

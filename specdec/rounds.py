@@ -32,12 +32,14 @@ class Rounds:
     """Up to ``most`` rounds, all alike.
 
     texts: ends of the rows' texts, the last token at least and all that the draft model has not read. proposed: tokens
-    drafted for each row; 0 for all is plain decoding. ids below ``vocab_size`` are drawn, by the rows' temperatures (None:
-    the likeliest), seeds [B] and lengths ``starts`` [B]. One of ``stops`` ends the last round.
+    drafted for each row; 0 for all is plain decoding. limits: the most that may still be, before a row's end; the round
+    that passes one of them is the last, as is one with any of ``stops``. ids below ``vocab_size`` are drawn, by the rows'
+    temperatures (None: the likeliest), seeds [B] and lengths ``starts`` [B].
     """
 
     texts: Sequence[Sequence[int]]
     proposed: Sequence[int]
+    limits: Sequence[int]
     most: int
     vocab_size: int
     stops: Sequence[int]
@@ -53,16 +55,18 @@ class Rounds:
 
 
 class Played(NamedTuple):
-    """What rounds gave, [round][row]: tokens to be entered, and how many of them were drafted; and what they took."""
+    """What rounds gave, [round][row]: tokens to be entered, how many were drafted and accepted; and what they took."""
 
     tokens: list[list[list[int]]]
+    drafted: list[list[int]]
     accepted: list[list[int]]
     seconds: float
 
     def at_once(self) -> Played:
         """All of them as one, in which nothing was drafted."""
         rows = zip(*self.tokens, strict=True)
-        return Played([[[token for own in row for token in own] for row in rows]], self.accepted[:1], self.seconds)
+        tokens = [[[token for own in row for token in own] for row in rows]]
+        return Played(tokens, self.drafted[:1], self.accepted[:1], self.seconds)
 
 
 class Reader(Structure):
@@ -79,7 +83,7 @@ class _Rounds(Structure):
     """As in rounds.c."""
 
     _fields_ = [*((name, c_int64) for name in ("rows", "most", "drafted")), ("proposed", c_void_p),
-                ("vocabulary", c_int64), ("texts", c_void_p), ("stride", c_int64),
+                ("limits", c_void_p), ("vocabulary", c_int64), ("texts", c_void_p), ("stride", c_int64),
                 *((name, c_void_p) for name in ("ends", "unread", "accepted", "stops")),
                 *((name, c_int64) for name in ("stop_count", "rule")),
                 *((name, c_void_p) for name in ("temperatures", "seeds", "starts", "target_laws", "draft_laws"))]  # fmt: skip
@@ -105,23 +109,26 @@ def play(asked: Rounds, target: Reader, draft: Reader | None, unread: Sequence[i
     accepted = np.empty((asked.most, rows), dtype=np.int64)
     given = [
         _integers(one)
-        for one in (asked.proposed, begun, unread, asked.stops, asked.seeds.numpy(), asked.starts.numpy())
-    ]
-    proposed, ends, left, stops, seeds, starts = (one.ctypes.data for one in given)
+        for one in (
+            asked.proposed, asked.limits, begun, unread, asked.stops, asked.seeds.numpy(), asked.starts.numpy()
+        )
+    ]  # fmt: skip
+    proposed, limits, ends, left, stops, seeds, starts = (one.ctypes.data for one in given)
     floats = [np.empty(0, dtype=np.float32)] * 3
     if asked.temperatures is not None:
         laws = (np.empty(rows * count * asked.vocab_size, dtype=np.float32) for count in (drafted + 1, drafted))
         floats = [np.array(asked.temperatures, dtype=np.float32), *laws]
     temperatures, *laws_at = (one.ctypes.data for one in floats)
     described = _Rounds(
-        rows, asked.most, drafted, proposed, asked.vocab_size, texts.ctypes.data, stride, ends, left,
+        rows, asked.most, drafted, proposed, limits, asked.vocab_size, texts.ctypes.data, stride, ends, left,
         accepted.ctypes.data, stops, len(asked.stops), draws.RULES[asked.rule],
         None if asked.temperatures is None else temperatures, seeds, starts, *laws_at,
     )  # fmt: skip
     other = Reader() if draft is None else draft
     started = time.perf_counter()
     done = compiled.rounds(ctypes.byref(target), ctypes.byref(other), ctypes.byref(described))
-    return Played(*_played(texts.tolist(), begun, accepted[:done].tolist()), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Played(*_played(asked, texts.tolist(), accepted[:done].tolist()), seconds)
 
 
 def _integers(given: Any) -> NDArray[np.int64]:
@@ -129,13 +136,16 @@ def _integers(given: Any) -> NDArray[np.int64]:
 
 
 def _played(
-    texts: list[list[int]], places: list[int], accepted: list[list[int]]
-) -> tuple[list[list[list[int]]], list[list[int]]]:
-    """Tokens and accepted, of texts with all that rounds added to them from ``places`` on."""
-    tokens = []
+    asked: Rounds, texts: list[list[int]], accepted: list[list[int]]
+) -> tuple[list[list[list[int]]], list[list[int]], list[list[int]]]:
+    """Tokens, drafted and accepted, of texts with all that rounds added to them."""
+    places, limits = [len(text) for text in asked.texts], list(asked.limits)
+    tokens, drafted = [], []
     for counts in accepted:
+        drafted.append(list(map(min, asked.proposed, limits)))
         tokens.append(
             [text[place : place + count + 1] for text, place, count in zip(texts, places, counts, strict=True)]
         )
         places = [place + count + 1 for place, count in zip(places, counts, strict=True)]
-    return tokens, accepted
+        limits = [limit - count - 1 for limit, count in zip(limits, counts, strict=True)]
+    return tokens, drafted, accepted

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from io import StringIO
 from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specdec.sequences import Step
 
 
 @dataclass
@@ -20,9 +25,11 @@ class Decisions:
     expected: float = 0.0
     plain: float = 0.0
 
-    def count(self, length: int, steps: int) -> None:
-        """Add steps whose longest draft had that many tokens."""
-        self.lengths[length] = self.lengths.get(length, 0) + steps
+    def count(self, steps: Sequence[Step]) -> None:
+        """Add steps, by the longest draft of each."""
+        for step in steps:
+            length = max(step.drafted)
+            self.lengths[length] = self.lengths.get(length, 0) + step.passes
 
     def __add__(self, other: Decisions) -> Decisions:
         """Both runs, one after the other."""

@@ -25,19 +25,21 @@ class WorldAhead(World):
         rounds, width = min(self.controller.holds, MOST), max(lengths)
         assert rounds >= 1
         self.seconds += self.care
-        steps = [(lengths, 1)] * rounds if width else [(lengths, rounds)]
-        for drafted, passes in steps:
-            accepted = [int((self.random.random(n) < self.accepted).cumprod().sum()) for n in drafted]
+        count, passes = (rounds, 1) if width else (1, rounds)
+        steps: list[Any] = []
+        for _ in range(count):
+            accepted = [int((self.random.random(n) < self.accepted).cumprod().sum()) for n in lengths]
             committed = [n + passes for n in accepted]
-            done: Any = SimpleNamespace(
-                rows=self.sequences.rows, drafted=drafted, accepted=accepted, committed=committed, finished=[],
+            step = SimpleNamespace(
+                rows=self.sequences.rows, drafted=lengths, accepted=accepted, committed=committed, finished=[],
                 passes=passes, is_first=False,
             )  # fmt: skip
-            drafting, verifying = width * self.draft, passes * self.pass_seconds(sum(drafted))
-            self.controller.observe(done, drafting, verifying)
-            self.seconds += drafting + verifying
+            steps.append(step)
             self.tokens += sum(committed)
             self.lengths.append(width)
+        drafting, verifying = count * width * self.draft, rounds * self.pass_seconds(sum(lengths))
+        self.controller.observe(steps, drafting, verifying)
+        self.seconds += drafting + verifying
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -77,13 +79,13 @@ def test_steps_that_prepare_something_are_not_timed() -> None:
         observe, seen = world.controller.observe, dict[int, int]()
 
         def slow_at_first(
-            step: Any, drafting: float, seconds: float, observe: Any = observe, seen: Any = seen, is_first: Any = is_first
+            steps: Any, drafting: float, seconds: float, observe: Any = observe, seen: Any = seen, is_first: Any = is_first
         ) -> None:  # fmt: skip
-            width = max(step.drafted)
+            width = max(steps[0].drafted)
             seen[width] = seen.get(width, 0) + 1
             if width and seen[width] <= 2:
-                step.is_first, seconds = is_first, 100 * seconds
-            observe(step, drafting, seconds)
+                steps[0].is_first, seconds = is_first, 100 * seconds
+            observe(steps, drafting, seconds)
 
         world.controller.observe = slow_at_first  # type: ignore[method-assign]
         world.run(300)

@@ -73,7 +73,7 @@ class World:
         drafting += self.reading * self.unread * (width > 0)
         self.unread = 0 if width else self.unread + self.rows
         disturbed = np.exp(self.noise * self.random.standard_normal() - self.noise**2 / 2)
-        self.controller.observe(done, drafting * disturbed, verifying * disturbed)  # type: ignore[arg-type]
+        self.controller.observe([done], drafting * disturbed, verifying * disturbed)  # type: ignore[arg-type]
         self.seconds += (drafting + verifying) * disturbed
         self.tokens += sum(done.committed)
         self.lengths.append(width)
@@ -282,7 +282,8 @@ def test_a_probe_may_meet_a_number_of_rows_of_which_nothing_is_known() -> None:
     rows = [SimpleNamespace(id=number, tokens=[0]) for number in range(6)]
     controller._since = 5  # the draft model has to catch up, so this step tells nothing of costs
     for _ in range(2):  # the first one is always slow
-        controller.observe(Step(rows, [2] * 6, [0] * 6, [1] * 6), 0.01, 0.01)
+        controller.observe([Step(rows, [2] * 6, [0] * 6, [1] * 6)], 0.01, 0.01)
+    controller._end_spell()
     assert controller.decisions.probes == 1 and not controller.costs.knows(6, 0)
 
 

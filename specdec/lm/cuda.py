@@ -116,7 +116,8 @@ class CudaLM(PagedLM):
         sound = min(own.index(-1) if -1 in own else count for own in tokens)
         self.keep([sound] * rows)
         found_tokens = [[own[i : i + 1] for own in tokens] for i in range(sound)]
-        return Played(found_tokens, [[0] * rows] * sound, time.perf_counter() - started)
+        nothing = [[0] * rows] * sound
+        return Played(found_tokens, nothing, nothing, time.perf_counter() - started)
 
     def _chain(self, tokens: Tensor, counts: Sequence[int], chain: Chain, *given: Tensor) -> Results | None:
         """Tokens [B, count] of a chain, and their laws if they are drawn; None where it is not worth being recorded."""
