@@ -28,7 +28,7 @@ _PROBE_STEPS, _PROBE_TOKENS = 8, 2  # of one such try; the first ones take longe
 _LEAST_LEFT = 32  # tokens that rows must have before them to be worth a try
 _LEAST_READ = 32  # unread tokens that say what reading costs
 _STAY, _LONGEST_STAY = 8, 64  # steps that a choice is kept; twice as many each time it stays the same
-_STAY_CARE = 0.1  # that share of them, at most, in plain steps, may go into deciding where it is dear
+_STAY_CARE = 0.03  # that share of them, at most, in plain steps, may go into deciding where it is dear
 _DEAR, _SHORT_STAY = 0.05, 3  # the same where every step's text counts, but deciding takes that share of a plain step
 # Steps in a row without one accepted token, at least, that are less likely than this if what is believed holds: it is not
 # waited for the next decision then.
@@ -91,6 +91,7 @@ class Adaptive:
         self._since_settled, self._trust = 0, _TRUST
         self._alike, self._drafted = 0, False  # steps of the kind of the last one, in a row; whether it drafted
         self._alike_seconds = 0.0  # that they took
+        self._step = 1.0  # plain steps that one as chosen takes
         self._promise = 1.0  # how much faster than plain decoding the latest choice should be
         self._lengths: list[int] = []
         self._kept = 0, 0  # depth and tokens of the latest choice but those aside
@@ -116,7 +117,7 @@ class Adaptive:
         if ids != self._ids:
             self._end_spell()
             self._experience.forget(set(self._experience).difference(ids))  # rows that were given up, not finished
-            self._ids, self._age = ids, min(self._age, _STAY)  # what holds for all rows holds for new ones, at first
+            self._ids, self._age = ids, min(self._age, self._least_stay)  # what holds for all holds for new ones, at first
         if rows != self._rows:
             self._rows, self._rest, self._next_rest, self._tries = rows, 0, _REST, False
             self._age, self._stay = 0, _STAY
@@ -128,7 +129,8 @@ class Adaptive:
         self._age = -1 if self._tries and self._last_try > self._spare() else self._age - 1
         foresight: Foresight | None = drafter if hasattr(drafter, "outlook") else None  # type: ignore[assignment]
         self._is_restless = foresight is not None and not self._is_dear
-        is_new = self._age < 0 or self._is_restless
+        # A single step costs as much as many rounds at once where deciding is dear.
+        is_new = self._age < (_SHORT_STAY if self._is_dear and not self._tries else 0) or self._is_restless
         if not is_new and not any(self._lengths) and self._runs_model is None:
             return [0] * rows
         most = getattr(drafter, "most_draft_tokens", MOST_DRAFT_TOKENS)  # of a tree more than of a chain
@@ -309,6 +311,12 @@ class Adaptive:
         return self._deciding > _DEAR
 
     @property
+    def _least_stay(self) -> int:
+        """For how many steps a choice is kept."""
+        care = int(self._deciding / _STAY_CARE / self._step)
+        return max(_STAY, min(care, _LONGEST_STAY)) if self._is_dear else _STAY
+
+    @property
     def _knows_plain(self) -> bool:
         """Whether it is known what a plain step takes by now."""
         return self.costs.knows(self._rows, 0) and self._since_settled < self._trust
@@ -324,9 +332,8 @@ class Adaptive:
         self._is_aside = False
         self._lengths, self._free, self._tries = self._best(sequences, outlook)
         drafted = sum(self._lengths)
-        least = int(self._deciding / _STAY_CARE) if self._is_dear else _STAY
         if not self._is_aside:
-            self._stay = min(max(2 * self._stay if (self._kept, self._free) == before else _STAY, least), _LONGEST_STAY)
+            self._stay = max(min(2 * self._stay, _LONGEST_STAY) if (self._kept, self._free) == before else _STAY, self._least_stay)
         is_settled = self._knows_plain and self.costs.knows(self._rows, drafted)
         stay = _SHORT_STAY if foresight is not None else _STAY if self._is_aside else self._stay
         self._age = _PROBE_STEPS if self._tries else stay if is_settled else _SHORT_STAY * self._is_dear
@@ -385,6 +392,7 @@ class Adaptive:
         self._kept = plan.depth, plan.tokens
         if not (tries or is_free or self._is_restless):
             plan = self._aside(plans, plan)
+        self._step = float(passes[plan.tokens] + drafts[plan.depth] * (not is_free)) / plain
         lengths = plans.lengths(plan)
         refused = (1 - survival[np.array(lengths) > 0, 0]).prod()  # the chance of a step without one accepted token
         self._patience = max(_REFUSED, math.ceil(math.log(_UNLIKELY) / math.log(refused.clip(1e-3, 0.9))))

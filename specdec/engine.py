@@ -194,8 +194,8 @@ class Call:
         """One round, or several where nobody has to look in between."""
         sequences, drafter = self.sequences, self.drafter
         sequences.begin_step()
-        watch, before, prepared = Stopwatch(), _model_seconds(drafter), Graphs.preparations
         lengths, rounds = self._choose()
+        watch, before, prepared = Stopwatch(), _model_seconds(drafter), Graphs.preparations
         played = self.engine.ahead.play(sequences, drafter, lengths, rounds, self.settings.rule_name)
         if played is None:
             step, proposing = self._single(lengths)
@@ -209,7 +209,8 @@ class Call:
         passes = 1 if any(lengths) else len(played.tokens)
         played = played if any(lengths) else played.at_once()
         steps: list[Step] = []
-        seconds = 0.0  # without those of whoever takes the steps
+        seconds = played.seconds  # without those of whoever takes the steps
+        watch.lap()
         for given in zip(*played[:3], strict=True):
             steps.append(sequences.enter(*given, passes, is_first))
             seconds += watch.lap()

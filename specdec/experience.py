@@ -79,16 +79,20 @@ class Experience:
         self, rows: Sequence[int], drafted: Sequence[Sequence[int]], accepted: Sequence[Sequence[int]]
     ) -> None:
         """Add drafts of the same rows, step after step, [N, B] each; nothing for those without."""
-        lengths, right = np.array(drafted), np.array(accepted)
-        ends = np.stack([right, np.minimum(lengths, right + 1)], axis=-1)  # of what was right, of what was tried
-        new = np.arange(len(self.priors)) < ends[..., None]  # [N, B, 2, K]
-        left = _ROW_MEMORY ** (lengths[::-1] > 0).cumsum(0)  # of evidence, after the draft of each step, last one first
-        weights = np.concatenate([np.ones_like(left[:1]), left[:-1]])[::-1]
-        added = np.einsum("nb,nbtk->btk", weights, new)
-        for row, kept, more in zip(rows, left[-1].tolist(), added, strict=True):
-            if kept < 1:
-                self._rows[row] = self._rows.get(row, self._nothing) * kept + more
-        self._common = self._common * _COMMON_MEMORY ** np.count_nonzero(lengths) + new.sum((0, 1))
+        most = len(self.priors)
+        common = [0.0] * (most + 1), [0.0] * (most + 1)
+        for b, row in enumerate(rows):
+            weight, own = 1.0, ([0.0] * (most + 1), [0.0] * (most + 1))  # of evidence; drafts by what was right, and tried
+            for lengths, counts in zip(reversed(drafted), reversed(accepted), strict=True):
+                if lengths[b]:
+                    ends = min(counts[b], most), min(lengths[b], counts[b] + 1, most)
+                    for seen, all_seen, end in zip(own, common, ends, strict=True):
+                        seen[end] += weight
+                        all_seen[end] += 1
+                    weight *= _ROW_MEMORY
+            if weight < 1:
+                self._rows[row] = self._rows.get(row, self._nothing) * weight + _reached(own)
+        self._common = self._common * _COMMON_MEMORY ** sum(common[1]) + _reached(common)
         self._common_known = None
 
     def fade(self, rows: Iterable[int]) -> None:
@@ -105,6 +109,12 @@ class Experience:
     def __iter__(self) -> Iterator[int]:
         """The rows of which something is known."""
         return iter(self._rows)
+
+
+def _reached(ends: Sequence[Sequence[float]]) -> Table:
+    """How many get as far as each position [2, N], of how many end after 0 .. N [2, N + 1]."""
+    found: Table = np.array(ends)[:, :0:-1].cumsum(1)[:, ::-1]
+    return found
 
 
 def _rate(table: Table, prior: Table) -> Table:
