@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from specdec.draft import Drafter
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.lm.base import CachedLM
 from specdec.rounds import Played, Rounds
@@ -12,6 +13,7 @@ from specdec.sequences import Sequences
 
 _MOST_ROUNDS = 64
 _MOST_SECONDS = 0.02  # that who reads along waits for all of them
+_MOST_UNSEEN = 8  # in which a drafter that looks for repetitions may miss one
 
 
 class Ahead:
@@ -26,7 +28,7 @@ class Ahead:
         self._seconds[drafts] = seconds
 
     def play(
-        self, sequences: Sequences, drafter: Drafter | None, lengths: Sequence[int], most: int, rule: str
+        self, sequences: Sequences, drafter: Drafter | None, lengths: list[int], most: int, rule: str
     ) -> Played | None:
         """Up to ``most`` rounds with drafts of these lengths; None, and nothing done, where single steps are as good."""
         drafts = any(lengths)
@@ -38,18 +40,28 @@ class Ahead:
         temperatures = None if sequences.greedy else sequences.temperatures
         if temperatures is None and not sequences.greedy:
             return None
-        unread: list[int] | None = [1] * len(sequences)
+        model, unread = None, [1] * len(sequences)
         if drafts:
-            model = drafter if type(drafter) is ModelDrafter else None  # others find their guesses in other ways
+            model = _chain_model(drafter, sequences, lengths, rule)
+            most = min(most, _MOST_UNSEEN) if model is not drafter else most
             longest = max(lengths) + 1
-            more = min(most * longest, max(limits) + longest)
-            unread = None if model is None else model.unread(sequences, more)
-        if unread is None:
-            return None
+            found = None if model is None else model.unread(sequences, min(most * longest, max(limits) + longest))
+            if found is None:
+                return None
+            unread = found
         seeds, starts = sequences.keys_here
         asked = Rounds(
             [row.tokens[-count:] for row, count in zip(sequences.rows, unread, strict=True)], lengths, limits, most,
             sequences.vocab_size, sequences.end_ids, rule, temperatures, seeds, starts,
         )  # fmt: skip
-        played = self._target.play(asked, drafter.lm if isinstance(drafter, ModelDrafter) else None)
+        played = self._target.play(asked, None if model is None else model.lm)
         return played if played is not None and played.tokens else None
+
+
+def _chain_model(drafter: Drafter | None, sequences: Sequences, lengths: list[int], rule: str) -> ModelDrafter | None:
+    """Whose model makes all of these drafts, as chains; None where guesses come from elsewhere or otherwise."""
+    model = drafter
+    if isinstance(drafter, HybridDrafter):  # how often it looks into the text must not decide what is drawn
+        model = drafter.alone(sequences, lengths) if sequences.greedy or rule == "coupled" else None
+    return model if type(model) is ModelDrafter else None  # those derived from it do more
+

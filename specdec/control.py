@@ -335,7 +335,10 @@ class Adaptive:
         if not self._is_aside:
             self._stay = max(min(2 * self._stay, _LONGEST_STAY) if (self._kept, self._free) == before else _STAY, self._least_stay)
         is_settled = self._knows_plain and self.costs.knows(self._rows, drafted)
-        stay = _SHORT_STAY if foresight is not None else _STAY if self._is_aside else self._stay
+        stay = _STAY if self._is_aside else self._stay
+        if foresight is not None:  # what it sees changes with every token, but a model alone may run ahead
+            alone = self._is_dear and outlook.runs_model[np.array(self._lengths) > 0].all()
+            stay = max(_SHORT_STAY, self._least_stay // 3 * alone)
         self._age = _PROBE_STEPS if self._tries else stay if is_settled else _SHORT_STAY * self._is_dear
         if drafted:
             self._next_rest = _REST

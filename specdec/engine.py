@@ -202,6 +202,7 @@ class Call:
             # A GPU drafts while the host goes on: what it took is known by now. Lookups count as part of the step.
             drafting = _model_seconds(drafter) - before
             step = replace(step, is_first=Graphs.preparations > prepared)
+            self._tell_drafter(step)
             self._observe([step], max(drafting, proposing) if drafting > 0 else 0.0, watch.lap())
             yield step
             return
@@ -213,6 +214,7 @@ class Call:
         watch.lap()
         for given in zip(*played[:3], strict=True):
             steps.append(sequences.enter(*given, passes, is_first))
+            self._tell_drafter(steps[-1])
             seconds += watch.lap()
             if len(steps) == len(played.tokens):
                 self._observe(steps, _model_seconds(drafter) - before, seconds)
@@ -241,12 +243,13 @@ class Call:
         self.plain_next = bool(step.retried)
         return step, proposing
 
-    def _observe(self, steps: list[Step], drafting: float, seconds: float) -> None:
-        """Tell everybody about rounds that took so long in all, ``drafting`` included."""
+    def _tell_drafter(self, step: Step) -> None:
         if self.drafter is not None:
             with torch.inference_mode():
-                for step in steps:
-                    self.drafter.observe(step)
+                self.drafter.observe(step)
+
+    def _observe(self, steps: list[Step], drafting: float, seconds: float) -> None:
+        """Count rounds that took so long in all, ``drafting`` included, and tell who decides about the next ones."""
         for step in steps:
             self._count(step)
         if not steps[0].is_first:

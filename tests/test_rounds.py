@@ -10,7 +10,9 @@ import torch
 
 from specdec import Engine, Output
 from specdec import ahead as ahead_module
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import ModelError
 from specdec.lm.base import CachedLM
 from specdec.lm.cpu import CpuLM
@@ -182,6 +184,35 @@ def test_a_text_longer_than_the_context_goes_on(counted: Counted, single: Callab
         expected = single(engine, PROMPTS[:2], **asked)
         assert engine.generate(PROMPTS[:2], **asked).token_ids == expected.token_ids
     assert counted.rounds > 20
+
+
+@pytest.mark.parametrize("num_draft_tokens", [3, "auto"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_runs_ahead_where_a_lookup_finds_nothing(
+    temperature: float, num_draft_tokens: int | str, counted: Counted, single: Callable[..., Output]
+) -> None:
+    target, draft = models()
+    prompts = [[*text, 1, 2, 3, 4, 1, 2, 3] for text in PROMPTS[:3]]  # of which the lookup knows how they go on
+    asked: dict[str, Any] = {"max_new_tokens": 60, "temperature": temperature, "seed": 3}
+    expected = single(Engine(CpuLM(target)), prompts, **asked)
+    engine = Engine(CpuLM(target), HybridDrafter(ModelDrafter(CpuLM(draft)), SuffixDrafter()))
+    for _ in range(3):
+        found = engine.generate(prompts, **asked, num_draft_tokens=num_draft_tokens)
+        assert found.token_ids == expected.token_ids
+    assert counted.rounds
+    if num_draft_tokens == 3:
+        assert counted.drafted and counted.rounds <= 8 * counted.calls
+
+
+def test_what_depends_on_drafts_is_drawn_step_by_step_where_they_depend_on_looks(
+    counted: Counted, single: Callable[..., Output]
+) -> None:
+    target, draft = models()
+    engine = Engine(CpuLM(target), HybridDrafter(ModelDrafter(CpuLM(draft)), SuffixDrafter()))
+    asked: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.0, "rule": "rejection", "num_draft_tokens": 3}
+    expected = single(engine, PROMPTS[:2], **asked, seed=3).token_ids
+    assert engine.generate(PROMPTS[:2], **asked, seed=3).token_ids == expected
+    assert not counted.drafted
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

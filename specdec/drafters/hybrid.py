@@ -54,13 +54,19 @@ class HybridDrafter:
         drafted = self.model.propose(sequences, by_model)
         return _merged(found, drafted, sequences) if found.tokens.shape[1] else drafted
 
+    def alone(self, sequences: Sequences, lengths: list[int]) -> Drafter | None:
+        """The model, if it would make all of these drafts; it may go on then without the lookup."""
+        if self._looks_up is None:
+            self._weigh(sequences, lengths, 0.0, pooled=False)
+        return None if (self._spoken_for() & (np.array(lengths) > 0)).any() else self.model
+
     def observe(self, step: Step) -> None:
         """Judge the guesses; the model has read none of what the lookup proposed."""
         looks_up = [False] * len(step.rows) if self._looks_up is None else self._looks_up.tolist()
-        if self._asked_model:
+        by_model = [0 if looked else n for n, looked in zip(step.drafted, looks_up, strict=True)]
+        if self._asked_model or any(by_model):
             accepted = [0 if looked else n for n, looked in zip(step.accepted, looks_up, strict=True)]
             self.model.observe(replace(step, accepted=accepted))
-            by_model = [0 if looked else n for n, looked in zip(step.drafted, looks_up, strict=True)]
             self.experience.count_chains([row.id for row in step.rows], [by_model], [accepted])
         self.experience.forget(step.rows[slot].id for slot in step.finished)
         self.lookup.observe(step)
