@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from specdec.draft import Drafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
@@ -64,4 +62,3 @@ def _chain_model(drafter: Drafter | None, sequences: Sequences, lengths: list[in
     if isinstance(drafter, HybridDrafter):  # how often it looks into the text must not decide what is drawn
         model = drafter.alone(sequences, lengths) if sequences.greedy or rule == "coupled" else None
     return model if type(model) is ModelDrafter else None  # those derived from it do more
-

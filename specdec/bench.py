@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,8 @@ def timed_rounds(
     for turn in range(rounds + 1):
         for name in list(runs):
             try:
-                run = methods[name](prompts)
+                with _no_collection():
+                    run = methods[name](prompts)
             except PeerError as error:
                 warnings.warn(f"{name} is left out: {error}", stacklevel=2)
                 del runs[name]
@@ -184,6 +187,17 @@ def timed_rounds(
             if turn > 0:
                 runs[name].append(run)
     return runs
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python looks through all objects of a process now and then, for 0.2 s with these libraries: not in somebody's run."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def summaries(

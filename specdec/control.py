@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specdec.controller import DEFAULT_DRAFT_TOKENS
-from specdec.costs import Account, Costs
+from specdec.costs import Costs
 from specdec.draft import Drafter, Foresight, Outlook
 from specdec.experience import MOST_DRAFT_TOKENS, Experience
-from specdec.plans import Plans
+from specdec.ledger import Ledger, Timed
+from specdec.plans import Plan, Plans
 from specdec.sequences import Row, Sequences, Step
 from specdec.stats import Decisions
 
-_PROBE_SHARE = 0.006  # of all time may be lost by trying
-_GRACE = 8.0  # plain steps whose time it may lose beyond it
-_MOST_AT_ONCE = 4.0  # plain steps, lost by one step; what took longer was disturbed, or is measured again and given up
 _CHECK = 5  # plain steps that are measured before any draft, and before it is believed that drafts lose
 _MEASURED_PASSES = 8  # of a plain step that is measured; one of several counts twice
 _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many after each that showed nothing
@@ -33,7 +30,6 @@ _DEAR, _SHORT_STAY = 0.05, 3  # the same where every step's text counts, but dec
 # Steps in a row without one accepted token, at least, that are less likely than this if what is believed holds: it is not
 # waited for the next decision then.
 _REFUSED, _UNLIKELY = 3, 0.01
-_NEW = 0.05  # weight of the latest step in running means
 # Plain passes that follow the first one after it was found best; twice as many each time again, all together powers of two.
 _REST, _LONGEST_REST = 3, 63
 _MOST_REST, _CARE = 1023, 0.005  # the longest one where deciding takes more than that share of the rest
@@ -48,45 +44,28 @@ _NEARLY, _NEARLY_IF_DEAR = 1.01, 1.03  # of two choices that differ less, the on
 _ASIDE, _ALMOST, _NOT_LATELY = 4, 1.15, 16
 
 
-class Timed(NamedTuple):
-    """Steps that were measured together, how many tokens a draft model had to read first, and whether others alike came before."""
-
-    steps: Sequence[Step]
-    draft_seconds: float
-    step_seconds: float
-    unread: int
-    is_settled: bool
-
-    @property
-    def passes(self) -> int:
-        """Of the target."""
-        return sum(step.passes for step in self.steps)
-
-
 class Adaptive:
     """Drafts as many tokens as promise the most tokens per second, 0 where none does.
 
     Knows what a pass over B rows of W tokens and their drafts cost (``Costs``, measured as it goes) and how rows fare
     (``Experience``, or the drafter's own ``outlook``). Whatever is promised, drafts that are measured to lose more than
-    ``Account`` allows are given up. Where a draft model does not pay it is tried again now and then.
+    ``Ledger`` allows are given up. Where a draft model does not pay it is tried again now and then.
     """
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.decisions = Decisions()
         self._experience = Experience.of_positions()
-        self._account: Account | None = None  # from when on it is known what a plain step takes
-        # Seconds, of all and of what trying took longer than plain decoding, in all and the last time.
-        self._elapsed = self._tried = self._last_try = 0.0
+        self._ledger = Ledger(costs)
         self._since, self._wait = 0, _FIRST_WAIT  # steps since a model drafted, and until it will be tried
         self._has_read: set[int] = set()  # the rows whose text the draft model knows but for what came since
         self._begun: set[int] = set()  # numbers of rows for which anything was drafted: the first time is slow
         self._probing = 0  # steps of the probe under way that are left
-        self._brought, self._seconds = 1.0, 0.0  # what a step brought, in plain ones, and usually takes, lately
         self._ids: list[int] = []  # of the rows
         self._rows = self._age = 0
         self._care = 0.0  # seconds per drafted step that learning from the last ones took
-        self._refused, self._patience = 0, _REFUSED  # steps in a row whose drafts were all refused, and so many are too many
+        self._refused = 0  # steps in a row whose drafts were refused, all of them
+        self._patience = _REFUSED  # how many are too many
         # Drafts since a plain step was measured well, and until one must be.
         self._since_settled, self._trust = 0, _TRUST
         self._alike, self._drafted = 0, False  # steps of the kind of the last one, in a row; whether it drafted
@@ -95,12 +74,12 @@ class Adaptive:
         self._promise = 1.0  # how much faster than plain decoding the latest choice should be
         self._lengths: list[int] = []
         self._kept = 0, 0  # depth and tokens of the latest choice but those aside
-        self._decisions, self._is_aside = 0, False  # with drafts of a model; whether the latest one was made to measure it
+        self._decisions, self._is_aside = 0, False  # with drafts of a model; whether the latest one only measures
         self._stay = _STAY
         self._check = 0  # plain steps to measure before anything else
         self._holds = 1  # steps that the latest choice holds for
         self._rest = 0  # steps of plain decoding before anything is thought about again
-        self._next_rest, self._rested = _REST, 0  # steps of the next rest, and of the last one
+        self._next_rest = _REST
         self._free = True  # whether rows whose drafts cost passes of a model go without
         self._is_restless = False  # whether something is decided at every step
         self._deciding = 0.0  # plain steps whose time a decision takes
@@ -117,7 +96,7 @@ class Adaptive:
         if ids != self._ids:
             self._end_spell()
             self._experience.forget(set(self._experience).difference(ids))  # rows that were given up, not finished
-            self._ids, self._age = ids, min(self._age, self._least_stay)  # what holds for all holds for new ones, at first
+            self._ids, self._age = ids, min(self._age, self._least_stay)  # what holds for all rows holds for new ones
         if rows != self._rows:
             self._rows, self._rest, self._next_rest, self._tries = rows, 0, _REST, False
             self._age, self._stay = 0, _STAY
@@ -126,7 +105,7 @@ class Adaptive:
             self._check, self._rest = max(0, self._check - 1), max(0, self._rest - 1)
             return [0] * rows
         self._holds = 1
-        self._age = -1 if self._tries and self._last_try > self._spare() else self._age - 1
+        self._age = -1 if self._tries and self._ledger.last_try > self._ledger.spare(self._rows) else self._age - 1
         foresight: Foresight | None = drafter if hasattr(drafter, "outlook") else None  # type: ignore[assignment]
         self._is_restless = foresight is not None and not self._is_dear
         # A single step costs as much as many rounds at once where deciding is dear.
@@ -168,7 +147,7 @@ class Adaptive:
         self._age, self._probing = self._age - len(steps) + 1, max(0, self._probing - len(steps) + 1)
         self._check, self._rest = max(0, self._check - (passes > 1)), max(0, self._rest - passes + 1)
         if self._rest:  # nothing is decided before the last step of one
-            self._rested += passes
+            self._ledger.rested += passes
         else:
             timed = Timed(steps, draft_seconds, step_seconds, unread, is_settled)
             begins = self._drafted and len(first.rows) not in self._begun
@@ -206,18 +185,17 @@ class Adaptive:
 
     def _learn(self, spell: list[Timed]) -> None:
         """Learn from steps of the same rows and the same choice."""
-        rows, count = len(spell[0].steps[0].rows), sum(timed.passes for timed in spell)
+        rows = len(spell[0].steps[0].rows)
         for timed in spell:
             self._time(timed, rows)
         self._count_drafts(spell)
-        brought = sum(sum(step.committed) for timed in spell for step in timed.steps) / rows
-        fades = (1 - _NEW) ** count
-        self._brought = fades * self._brought + (1 - fades) * brought / count
         by_model = sum(timed.draft_seconds for timed in spell)
         is_try = self._drafted and (self._tries or by_model > 0 and (self._free or not any(self._lengths)))
-        self.decisions.probes += count * is_try
-        if self.costs.knows(rows, 0):
-            self._account_for(spell, brought, is_try=is_try)
+        self.decisions.probes += sum(timed.passes for timed in spell) * is_try
+        self._ledger.enter(spell, is_try=is_try)
+        if not is_try:
+            self._wait = _FIRST_WAIT if by_model else self._wait
+            self._look_at_losses(rows)
 
     def _count_drafts(self, spell: list[Timed]) -> None:
         """Learn how the drafts of these steps fared."""
@@ -225,34 +203,6 @@ class Adaptive:
         if any(steps[0].drafted):
             ids = [row.id for row in steps[0].rows]
             self._experience.count_chains(ids, [step.drafted for step in steps], [step.accepted for step in steps])
-
-    def _account_for(self, spell: list[Timed], brought: float, *, is_try: bool) -> None:
-        """Enter steps into what drafts and tries may lose; ``brought`` are their tokens per row."""
-        first, rows = spell[0].steps[0], len(spell[0].steps[0].rows)
-        width, count = max(first.drafted), sum(timed.passes for timed in spell)
-        by_model = sum(timed.draft_seconds for timed in spell)
-        # What the machine does besides disturbs single steps, long ones more often, so accounts are kept in usual seconds.
-        plain, drafted = float(self.costs.passes(rows, 0)[0]), sum(first.drafted)
-        usual = float(self.costs.passes(rows, drafted)[drafted])
-        usual += float(self.costs.drafts(rows, width)[width]) if by_model else 0.0
-        taken = by_model + sum(timed.step_seconds for timed in spell)
-        most = (2 if is_try else 1) * _MOST_AT_ONCE * plain
-        seconds = min(count * usual, taken, brought * plain + most * count)
-        fades = (1 - _NEW) ** count
-        self._seconds = fades * (self._seconds or seconds / count) + (1 - fades) * seconds / count
-        rested, self._rested = self._rested * plain, 0
-        self._elapsed += seconds + rested
-        if rested and self._account is not None:
-            self._account.book(rested, plain, None)
-        if is_try:
-            reading = self.costs.reading * sum(timed.unread for timed in spell)
-            self._last_try = max(0.0, seconds - brought * plain)
-            self._tried += self._last_try + min(reading, most)
-            if self._account is not None:
-                self._account.book_try(seconds, plain, brought)
-        else:  # what a draft model had to read was weighed before
-            self._wait = _FIRST_WAIT if by_model else self._wait
-            self._book(seconds, plain, brought if width else None)
 
     def _time(self, timed: Timed, rows: int) -> None:
         """Note what steps took."""
@@ -281,17 +231,14 @@ class Adaptive:
             self._trust = min(2 * self._trust, _LONGEST_TRUST) if promise > _WORTH else _TRUST
         self._since_settled = 0
 
-    def _book(self, seconds: float, plain: float, brought: float | None) -> None:
-        """Note a step that was no try; where drafts have lost too much, measure plain decoding before that is believed."""
-        if self._account is None:
-            self._account = Account(plain)
-        self._account.book(seconds, plain, brought)
-        if not self._account.is_spent or self._check:
+    def _look_at_losses(self, rows: int) -> None:
+        """Where drafts have lost too much, measure plain decoding before that is believed."""
+        if not self._ledger.is_spent or self._check:
             return
-        if brought is not None:
+        if self._drafted:
             self._check, self._age = _CHECK, 0
         else:
-            self._account.settle(plain)
+            self._ledger.settle(rows)
 
     def _unread(self, rows: Sequence[Row]) -> int:
         """About how many tokens a draft model has to read before it can draft as usual."""
@@ -301,9 +248,9 @@ class Adaptive:
         """What the time of one token of a model's usual draft could have brought instead, in tokens per row."""
         if not self.costs.knows(self._rows, 0):
             return 0.0
-        seconds = self._seconds or float(self.costs.passes(self._rows, 0)[0])
+        seconds = self._ledger.seconds or float(self.costs.passes(self._rows, 0)[0])
         draft = float(self.costs.drafts(self._rows, DEFAULT_DRAFT_TOKENS)[-1]) / DEFAULT_DRAFT_TOKENS
-        return draft / seconds * self._brought
+        return draft / seconds * self._ledger.brought
 
     @property
     def _is_dear(self) -> bool:
@@ -333,11 +280,12 @@ class Adaptive:
         self._lengths, self._free, self._tries = self._best(sequences, outlook)
         drafted = sum(self._lengths)
         if not self._is_aside:
-            self._stay = max(min(2 * self._stay, _LONGEST_STAY) if (self._kept, self._free) == before else _STAY, self._least_stay)
+            longer = min(2 * self._stay, _LONGEST_STAY)
+            self._stay = max(longer if (self._kept, self._free) == before else _STAY, self._least_stay)
         is_settled = self._knows_plain and self.costs.knows(self._rows, drafted)
         stay = _STAY if self._is_aside else self._stay
         if foresight is not None:  # what it sees changes with every token, but a model alone may run ahead
-            alone = self._is_dear and outlook.runs_model[np.array(self._lengths) > 0].all()
+            alone = self._is_dear and bool(outlook.runs_model[np.array(self._lengths) > 0].all())
             stay = max(_SHORT_STAY, self._least_stay // 3 * alone)
         self._age = _PROBE_STEPS if self._tries else stay if is_settled else _SHORT_STAY * self._is_dear
         if drafted:
@@ -361,9 +309,9 @@ class Adaptive:
         known = self.costs.most_drafted(self._rows)
         tries = not known
         left = self._left(sequences)
-        if tries and (left < _LEAST_LEFT or self._last_try > self._spare()):
+        if tries and (left < _LEAST_LEFT or self._ledger.last_try > self._ledger.spare(self._rows)):
             return none
-        if self._account is not None and self._account.is_spent:
+        if self._ledger.is_spent:
             return none
         if tries:
             most = min(most, _PROBE_TOKENS)
@@ -420,14 +368,9 @@ class Adaptive:
         drafting = self.costs.drafts(self._rows, _PROBE_TOKENS)[_PROBE_TOKENS]
         tokens = 1 + self._experience.survival([-1], [_PROBE_TOKENS]).sum()  # as rows fare on the whole
         lost = max(0.01 * passes[0], drafting + passes[-1] - tokens * passes[0])
-        count = int((self._spare() - self.costs.reading * self._unread(sequences.rows)) / lost)
+        count = int((self._ledger.spare(self._rows) - self.costs.reading * self._unread(sequences.rows)) / lost)
         return min(count, _PROBE_STEPS) if count > 1 else 0
 
     def _left(self, sequences: Sequences) -> float:
         """Tokens that a row may still get, on the mean."""
         return max(1.0, sum(row.remaining for row in sequences.rows) / self._rows)
-
-    def _spare(self) -> float:
-        """Seconds that tries may still lose."""
-        allowed = _PROBE_SHARE * self._elapsed + _GRACE * float(self.costs.passes(self._rows, 0)[0])
-        return allowed - self._tried

@@ -1,4 +1,4 @@
-"""What passes cost: seconds of a target pass that checks N drafted tokens of B rows, and of drafts; what drafts may lose.
+"""What passes cost: seconds of a target pass that checks N drafted tokens of B rows, and of drafts.
 
 Measured while decoding; what was not measured is interpolated. A machine that others use as well becomes faster and slower
 for seconds at a time, and more so than lengths differ, so what was measured a while ago is scaled by what became of what was
@@ -23,9 +23,6 @@ _LATEST, _LATEST_PLAIN = 7, 3  # measurements of each cell; plain decoding is se
 _REMEMBERED = 3  # of another program
 _ENOUGH = 2  # the first pass of a shape may pay for its preparation
 _OLD = 128  # measurements after which one that was not repeated counts no more
-_LOST_SHARE = 0.005  # of all time may be lost by drafting that promised to pay
-_MOST_LOST = 20.0  # plain steps whose time it may lose beyond it
-_TRUST = 0.25  # how much of what may be lost must have come together before drafts that lost it are made again
 _FRESH = 24  # measurements after which interpolations are made anew; at once after a plain pass
 _SAME = 0.93  # of a time is no more than chance brings about
 _BESIDE = 16  # measurements in which two were taken beside each other
@@ -176,43 +173,6 @@ class Costs:
         costs._passes, costs._drafts, reading = (_cells(given[name]) for name in ("passes", "drafts", "reading"))
         costs._reading = reading[0][0]
         return costs
-
-
-class Account:
-    """The seconds that drafts which promised to pay may still lose against plain decoding.
-
-    A share of all time is paid in, and what drafts gain; what they lose is taken out. It holds the time of a few plain
-    steps, so that no loss hides behind gains of long ago, and chance alone seldom empties it.
-    """
-
-    def __init__(self, plain: float) -> None:
-        self.left = _MOST_LOST * plain
-        self.is_spent = False
-        self._tokens = self._seconds = 0.0  # of the steps that drafted since it was full
-
-    def book(self, seconds: float, plain: float, tokens: float | None) -> None:
-        """A step of ``seconds`` where a plain one takes ``plain``; ``tokens`` per row are what it gave, if it drafted."""
-        if tokens is not None:
-            self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
-            self.left += tokens * plain - seconds
-        self.left += _LOST_SHARE * seconds
-        if self.left >= _MOST_LOST * plain:
-            self.left, self._tokens, self._seconds = _MOST_LOST * plain, 0.0, 0.0
-        self._judge(plain)
-
-    def book_try(self, seconds: float, plain: float, tokens: float) -> None:
-        """The same of a step that was a try: what it gained counts; what it lost is bounded elsewhere."""
-        self.left = min(_MOST_LOST * plain, self.left + max(0.0, tokens * plain - seconds))
-        self._judge(plain)
-
-    def _judge(self, plain: float) -> None:
-        self.is_spent = self.left <= 0 or self.is_spent and self.left < _TRUST * _MOST_LOST * plain
-
-    def settle(self, plain: float) -> None:
-        """A plain step takes ``plain`` seconds, as was just measured: if drafts gained after all, nothing is lost."""
-        if self._tokens * plain > self._seconds:
-            self.left, self.is_spent = _MOST_LOST * plain, False
-        self._tokens = self._seconds = 0.0
 
 
 def _pace(cell: Cell, cells: dict[int, Cell]) -> float:

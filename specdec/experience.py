@@ -82,7 +82,7 @@ class Experience:
         most = len(self.priors)
         common = [0.0] * (most + 1), [0.0] * (most + 1)
         for b, row in enumerate(rows):
-            weight, own = 1.0, ([0.0] * (most + 1), [0.0] * (most + 1))  # of evidence; drafts by what was right, and tried
+            weight, own = 1.0, ([0.0] * (most + 1), [0.0] * (most + 1))  # drafts by how many were right, and tried
             for lengths, counts in zip(reversed(drafted), reversed(accepted), strict=True):
                 if lengths[b]:
                     ends = min(counts[b], most), min(lengths[b], counts[b] + 1, most)

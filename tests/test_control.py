@@ -12,12 +12,13 @@ import pytest
 
 from specdec import Engine, Settings, experience
 from specdec.control import Adaptive
-from specdec.costs import Account, Costs, read_costs, write_costs
+from specdec.costs import Costs, read_costs, write_costs
 from specdec.draft import Outlook
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import ConfigError
 from specdec.experience import MOST_DRAFT_TOKENS, Experience
+from specdec.ledger import Account
 from specdec.sequences import Step
 from toys import TableLM, native, noisy, random_table, tiny_gpt
 

@@ -39,7 +39,7 @@ LAYERS = [
     ],
     ["lm"],
     ["sequences", "scoring"],
-    ["controller", "judge"],
+    ["controller", "judge", "ledger"],
     ["control"],
     ["drafters", "requests", "training"],
     ["encoded", "admission", "ahead"],
