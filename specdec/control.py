@@ -34,7 +34,8 @@ _REFUSED, _UNLIKELY = 3, 0.01
 _REST, _LONGEST_REST = 3, 63
 _MOST_REST, _CARE = 1023, 0.005  # the longest one where deciding takes more than that share of the rest
 _LONGEST_DOZE = 31  # the same where a look at the text may change the verdict at any token
-_TRUST, _LONGEST_TRUST = 16, 512  # drafts until plain decoding is measured again; twice as many where drafts still won
+# Of the time while drafts pay, that share is lost by measuring plain decoding again: often where drafts gain little.
+_LOOKS, _LEAST_TRUST, _LONGEST_TRUST = 0.005, 8, 1024
 # Until the caches of the processor hold what plain steps need after drafts, or drafts after those: so many, or so long.
 _SETTLES, _SETTLE_SECONDS = 4, 2e-3
 _WORTH = 1.05  # how much faster than plain decoding drafts must promise to be to begin
@@ -66,8 +67,7 @@ class Adaptive:
         self._care = 0.0  # seconds per drafted step that learning from the last ones took
         self._refused = 0  # steps in a row whose drafts were refused, all of them
         self._patience = _REFUSED  # how many are too many
-        # Drafts since a plain step was measured well, and until one must be.
-        self._since_settled, self._trust = 0, _TRUST
+        self._since_settled = 0  # drafts since a plain step was measured well
         self._alike, self._drafted = 0, False  # steps of the kind of the last one, in a row; whether it drafted
         self._alike_seconds = 0.0  # that they took
         self._step = 1.0  # plain steps that one as chosen takes
@@ -219,17 +219,10 @@ class Adaptive:
             self._since_settled += count
         else:
             if is_settled or not self.costs.knows(rows, 0):
-                self._note_plain(seconds, rows)
+                self._since_settled = 0
             # Even a plain step that follows others takes at most that long, so what is believed is too much.
             is_settled |= self.costs.is_settled(rows) and seconds < self.costs.passes(rows, 0)[0]
         self.costs.count_pass(rows, sum(first.drafted), seconds + self._care, is_settled=is_settled)
-
-    def _note_plain(self, seconds: float, rows: int) -> None:
-        """A plain step was measured well. It need not be again so soon if drafts promise to pay all the same."""
-        if self._since_settled and self.costs.knows(rows, 0):
-            promise = self._promise * seconds / float(self.costs.passes(rows, 0)[0])
-            self._trust = min(2 * self._trust, _LONGEST_TRUST) if promise > _WORTH else _TRUST
-        self._since_settled = 0
 
     def _look_at_losses(self, rows: int) -> None:
         """Where drafts have lost too much, measure plain decoding before that is believed."""
@@ -266,7 +259,9 @@ class Adaptive:
     @property
     def _knows_plain(self) -> bool:
         """Whether it is known what a plain step takes by now."""
-        return self.costs.knows(self._rows, 0) and self._since_settled < self._trust
+        look, gain = _MEASURED_PASSES if self._is_dear else 2, max(1 - 1 / self._promise, 1e-3)
+        trust = look * gain / _LOOKS / self._step
+        return self.costs.knows(self._rows, 0) and self._since_settled < min(max(trust, _LEAST_TRUST), _LONGEST_TRUST)
 
     def _decide(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> None:
         """Choose the lengths of the next drafts, and how many steps to stay with them."""

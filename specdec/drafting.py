@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec.checkpoints import ModelLike, checkpoint_directory, find_tokenizer, load_lm
 from specdec.draft import Drafter
-from specdec.drafters.block import BlockDrafter
-from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.block import BlockDrafter, BlockTreeDrafter
+from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3TreeDrafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.own import SelfDrafter
@@ -105,12 +105,16 @@ def branching(drafter: Drafter | None) -> Drafter:
     """``drafter``, proposing trees of tokens in place of chains; ``ConfigError`` for one that cannot."""
     if type(drafter) is ModelDrafter and drafter.lm.reads_trees:
         return TreeDrafter(drafter.lm)
+    if type(drafter) is Eagle3Drafter:
+        return Eagle3TreeDrafter.of(drafter)
+    if type(drafter) is BlockDrafter:
+        return BlockTreeDrafter.of(drafter)
     if getattr(drafter, "drafts_trees", False):
         assert drafter is not None
         return drafter
     raise ConfigError(
-        "tree=True goes with a draft model that has the target's tokenizer and reads trees in one pass, "
-        f"and draft is {type(drafter).__name__ if drafter is not None else None}; leave it out"
+        "tree=True goes with an EAGLE-3 or block head, or a draft model that has the target's tokenizer and reads trees in "
+        f"one pass, and draft is {type(drafter).__name__ if drafter is not None else None}; leave it out"
     )
 
 

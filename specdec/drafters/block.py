@@ -8,14 +8,16 @@ import time
 import torch
 from torch import Tensor
 
-from specdec.draft import Draft
+from specdec.draft import Draft, Outlook
 from specdec.drafters.features import FeatureDrafter
+from specdec.drafters.grown import MOST_TREE_TOKENS, Trees, best, grow
 from specdec.errors import ConfigError
 from specdec.lm.base import CachedLM
 from specdec.lm.blocks import blocks_of
 from specdec.nn.block import BlockHead
 from specdec.sampling import is_law
-from specdec.sequences import Sequences
+from specdec.sequences import Sequences, Step
+from specdec.tree import MOST_NODES
 from specdec.verify import leading
 
 LEAST_SURVIVAL = 0.1  # a guess is drafted while the chance that it and all before it are accepted is no smaller
@@ -48,15 +50,19 @@ class BlockDrafter(FeatureDrafter):
 
     @torch.inference_mode()
     def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
-        count = min(max(lengths), self.head.config.block_size)
-        if count <= 0:
+        if max(lengths) <= 0:
             return Draft.empty(len(sequences), sequences.device)
         started = time.perf_counter()
         self._take(sequences)
-        hidden = self._block(sequences)[:, :count]
-        draft = self._draw(sequences, hidden, torch.tensor(lengths, device=sequences.device))
+        draft = self._draft(sequences, lengths)
         self.forward_seconds += time.perf_counter() - started
         return draft
+
+    def _draft(self, sequences: Sequences, lengths: list[int]) -> Draft:
+        """Guesses of all rows, whose new features have been read."""
+        count = min(max(lengths), self.head.config.block_size)
+        hidden = self._block(sequences)[:, :count]
+        return self._draw(sequences, hidden, torch.tensor(lengths, device=sequences.device))
 
     def _read(self, sequences: Sequences, taken: list[Tensor], begins: list[int], first: int) -> None:
         self.blocks.write(taken, begins, first)
@@ -95,3 +101,54 @@ class BlockDrafter(FeatureDrafter):
         probs = torch.cat(laws, dim=1)
         lengths = lengths.minimum(leading(is_law(probs)))  # what was drawn of no law is not proposed
         return Draft(tokens, lengths, None if sequences.greedy else probs)
+
+
+class BlockTreeDrafter(BlockDrafter):
+    """The same, but where the head is unsure it proposes several tokens; ``lengths[b]`` counts the nodes of row b's tree.
+
+    One pass says what comes at every level; what follows a node differs by the bigram term. Which nodes are proposed is
+    decided by their probability, not by the head's confidence. Where trees cannot be verified, it drafts chains.
+    """
+
+    drafts_trees = True
+    most_draft_tokens = MOST_TREE_TOKENS
+
+    def __init__(self, head: BlockHead, target: CachedLM, *, least_survival: float = LEAST_SURVIVAL) -> None:
+        super().__init__(head, target, least_survival=least_survival)
+        self.trees = Trees()
+
+    @classmethod
+    def of(cls, drafter: BlockDrafter) -> BlockTreeDrafter:
+        """In place of ``drafter``, whose head and memory it takes over."""
+        found = cls.__new__(cls)
+        vars(found).update(vars(drafter), trees=Trees())
+        return found
+
+    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
+        return self.trees.outlook(sequences, most)
+
+    def observe(self, step: Step) -> None:
+        self.trees.observe(step)
+
+    def free(self, rows: int) -> None:
+        super().free(rows)
+        self.trees.free(rows)
+
+    def _draft(self, sequences: Sequences, lengths: list[int]) -> Draft:
+        if not sequences.takes_trees or max(lengths) <= 1:
+            return super()._draft(sequences, lengths)
+        most = min(max(lengths), MOST_TREE_TOKENS)
+        base = sequences.fit(self.head.shared.lm_head(self._block(sequences)))
+        level = 0
+
+        def after(tokens: Tensor) -> Tensor:
+            return base[:, level : level + 1] + self.head.correction(tokens)[..., : base.shape[-1]]
+
+        def read(tokens: Tensor, parents: Tensor) -> Tensor:
+            nonlocal level
+            level += 1
+            return after(tokens)
+
+        levels = min(base.shape[1], most)
+        nodes = grow(sequences, after(sequences.last_tokens), read, levels=levels, most=most, room=MOST_NODES)
+        return best(sequences, nodes, lengths, most)[0]

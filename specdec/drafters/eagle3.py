@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specdec.draft import Draft
+from specdec.draft import Draft, Outlook
 from specdec.drafters.features import FeatureDrafter
+from specdec.drafters.grown import DEEPEST, MOST_TREE_TOKENS, Trees, best, grow
 from specdec.errors import ConfigError
 from specdec.lm.base import CachedLM
 from specdec.nn.eagle3 import Eagle3Head
 from specdec.nn.packed import pack_linears
 from specdec.sampling import is_law
-from specdec.sequences import Sequences
+from specdec.sequences import Sequences, Step
+from specdec.tree import MOST_NODES, Branches
 from specdec.verify import leading
 
 
@@ -102,6 +104,62 @@ class Eagle3Drafter(FeatureDrafter):
             return Draft(tokens, allowed)
         sound = leading(torch.cat([is_law(law) for law in laws], dim=1))  # what was drawn of no law is not proposed
         return Draft(tokens, allowed.minimum(sound), None if sequences.greedy else torch.cat(laws, dim=1))
+
+
+class Eagle3TreeDrafter(Eagle3Drafter):
+    """The same, but where the head is unsure it proposes several tokens; ``lengths[b]`` counts the nodes of row b's tree.
+
+    Where trees cannot be verified, it drafts chains.
+    """
+
+    drafts_trees = True
+    most_draft_tokens = MOST_TREE_TOKENS
+
+    def __init__(self, head: Eagle3Head, target: CachedLM) -> None:
+        super().__init__(head, target)
+        self.trees = Trees()
+
+    @classmethod
+    def of(cls, drafter: Eagle3Drafter) -> Eagle3TreeDrafter:
+        """In place of ``drafter``, whose head and memory it takes over."""
+        found = cls.__new__(cls)
+        vars(found).update(vars(drafter), trees=Trees())
+        return found
+
+    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
+        return self.trees.outlook(sequences, most)
+
+    def observe(self, step: Step) -> None:
+        self.trees.observe(step)
+
+    def free(self, rows: int) -> None:
+        super().free(rows)
+        self.trees.free(rows)
+
+    def _chain(self, sequences: Sequences, most: list[int]) -> Draft:
+        if not sequences.takes_trees or max(most) <= 1:
+            return super()._chain(sequences, most)
+        places = self.target.lengths[: len(sequences)]
+        room = min(self.context - place for place, count in zip(places, most, strict=True) if count)
+        known = self._hidden[: len(sequences)].unsqueeze(1)  # [B, 1 + nodes read, H]
+        branches = [Branches() for _ in places]
+
+        def read(tokens: Tensor, parents: Tensor) -> Tensor:
+            nonlocal known
+            begins = [place + known.shape[1] - 1 for place in places]
+            for own, given in zip(branches, parents.tolist(), strict=True):
+                own.grow(given)
+            self.cache.begin(begins, tokens.shape[1], 0, list(zip(places, branches, strict=True)))
+            hidden = known.gather(1, (parents + 1).unsqueeze(-1).expand(-1, -1, known.shape[-1]))
+            hidden = self._pass(tokens.to(self.target.device), hidden)
+            known = torch.cat([known, hidden], dim=1)
+            return self.head.logits(hidden)
+
+        count = min(max(most), MOST_TREE_TOKENS)
+        nodes = grow(
+            sequences, self.head.logits(known), read, levels=min(DEEPEST, count, room), most=count, room=MOST_NODES
+        )
+        return best(sequences, nodes, most, count)[0]
 
 
 def usual_layers(count: int) -> tuple[int, ...]:

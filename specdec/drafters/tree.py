@@ -1,79 +1,15 @@
-"""A small language model proposes a tree: where it is unsure, several tokens side by side.
-
-The target reads all of them in one pass, so a tree is worth it where a pass over many tokens costs little more than one
-over few: at small batches. The tree grows level by level, one pass of the draft model each, from the nodes that are
-likeliest to be reached (EAGLE-2, Li et al. 2024, arXiv 2406.16858); the likeliest of all are proposed.
-"""
+"""A small language model proposes a tree: where it is unsure, several tokens side by side; see grown.py."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from functools import lru_cache
-from heapq import heappop, heappush
-from typing import NamedTuple
-
-import numpy as np
-import torch
 from torch import Tensor
 
 from specdec.draft import Draft, Outlook
+from specdec.drafters.grown import DEEPEST, MOST_TREE_TOKENS, Trees, best, grow
 from specdec.drafters.model import ModelDrafter
-from specdec.experience import Experience
 from specdec.lm.base import CachedLM
 from specdec.sequences import Sequences, Step
 from specdec.tree import MOST_NODES
-
-MOST_TREE_TOKENS = 32  # of one row's tree
-DEEPEST = 10  # levels of a tree
-WIDTH = 8  # nodes of a level that are read, and children that each of them may have
-# How much surer the target is of the draft's first choice than the draft is, greedy and in a race; measured.
-GREEDY_SHARPNESS, RACE_SHARPNESS = 4.0, 2.0
-CHANCES = (0.75, 0.15, 0.05, 0.03)  # that the first, second, ... child of a node is accepted where children are drawn
-
-_STEP = 1e-4  # what a level costs in log-probability, so that a certain child comes after its parent
-_IMPOSSIBLE = -100.0  # the least log-probability of a child; sums of lower ones would be too coarse for that step
-_PRIORS = [0.6 / (1 + 0.5 * rank) for rank in range(MOST_TREE_TOKENS)]  # chance that the node of a rank is reached
-
-
-class _Nodes(NamedTuple):
-    """Candidates of all levels so far: scores (log-probability of the way there), tokens, parents, all [B, M].
-
-    A parent is a place among the candidates, -1 the row's last token; ``read`` is where the draft model has read it
-    among the nodes, -1 if it has not. laws [B, M, V]: of sampled trees, what each was drawn from.
-    """
-
-    scores: Tensor
-    tokens: Tensor
-    parents: Tensor
-    read: Tensor
-    laws: Tensor | None
-
-    def __add__(self, other: _Nodes) -> _Nodes:  # type: ignore[override]
-        pairs = zip(self, other, strict=True)
-        return _Nodes(*(None if a is None or b is None else torch.cat([a, b], dim=1) for a, b in pairs))  # type: ignore[arg-type]
-
-
-@lru_cache
-def shape(count: int, deepest: int) -> list[tuple[list[int], list[int]]]:
-    """A tree of ``count`` nodes for children that are drawn: per level, which nodes have children, and how many.
-
-    Best first by ``CHANCES``, which say nothing of the tokens. Nodes are numbered level by level, -1 is the root.
-    """
-    heap = [(-1.0, 0, -1, 0, 1)]  # (-chance, order, parent, rank among its children, depth)
-    children: defaultdict[int, list[int]] = defaultdict(list)
-    for node in range(count):
-        chance, _, parent, rank, depth = heappop(heap)
-        children[parent].append(node)
-        if rank + 1 < len(CHANCES):
-            heappush(heap, (chance * CHANCES[rank + 1] / CHANCES[rank], 2 * node + 1, parent, rank + 1, depth))
-        if depth < min(deepest, DEEPEST):
-            heappush(heap, (chance * CHANCES[0], 2 * node + 2, node, 0, depth + 1))
-    levels, numbers, frontier = [], {-1: -1}, [-1]
-    while frontier := [node for node in frontier if children[node]]:
-        levels.append(([numbers[node] for node in frontier], [len(children[node]) for node in frontier]))
-        frontier = [child for node in frontier for child in children[node]]
-        numbers |= {node: len(numbers) - 1 + i for i, node in enumerate(frontier)}
-    return levels
 
 
 class TreeDrafter(ModelDrafter):
@@ -87,15 +23,11 @@ class TreeDrafter(ModelDrafter):
 
     def __init__(self, lm: CachedLM) -> None:
         super().__init__(lm)
-        self.experience = Experience(_PRIORS)
+        self.trees = Trees()
         self._read: list[list[int]] | None = None  # per row and proposed token, where the model has read it
 
     def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
-        """Nodes come best first, so what matters is how often the node of a rank was reached."""
-        survival = self.experience.rates([row.id for row in sequences.rows])
-        survival = np.minimum.accumulate(survival, axis=1)[:, : max(most, default=0)]
-        survival[np.arange(survival.shape[1]) >= np.array(most)[:, None]] = 0
-        return Outlook(survival, np.ones(len(most), dtype=bool))
+        return self.trees.outlook(sequences, most)
 
     def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
         self._read = None
@@ -105,21 +37,17 @@ class TreeDrafter(ModelDrafter):
         levels = min(DEEPEST, most, self.lm.context // 2)
         unread, counts = self._new_tokens(sequences, levels)
         logits = self.lm.append(unread, counts, last_only=True).unsqueeze(1)
-        if sequences.only_largest or sequences.coupled:
-            nodes = self._grow(sequences, logits, counts, levels, most)
-        else:
-            nodes = self._draw(sequences, logits, counts, most)
-        return self._best(sequences, nodes, lengths, most)
+
+        def read(tokens: Tensor, parents: Tensor) -> Tensor:
+            given = [[count + place for place in own] for count, own in zip(counts, parents.tolist(), strict=True)]
+            return self.lm.append(self._own(tokens), parents=given)
+
+        nodes = grow(sequences, logits, read, levels=levels, most=most, room=MOST_NODES - max(counts))
+        draft, self._read = best(sequences, nodes, lengths, most)
+        return draft
 
     def observe(self, step: Step) -> None:
-        drafted = [b for b, count in enumerate(step.drafted) if count]
-        if drafted:
-            right = np.zeros((len(drafted), MOST_TREE_TOKENS))
-            for reached, b in zip(right, drafted, strict=True):
-                reached[list(range(step.accepted[b]) if step.paths is None else step.paths[b])] = 1
-            tried = np.arange(MOST_TREE_TOKENS) < np.array([step.drafted[b] for b in drafted])[:, None]
-            self.experience.count([step.rows[b].id for b in drafted], right, tried.astype(float))
-        self.experience.forget(step.rows[slot].id for slot in step.finished)
+        self.trees.observe(step)
         if self._read is not None:
             kept = []
             for unread, path, places in zip(
@@ -133,107 +61,4 @@ class TreeDrafter(ModelDrafter):
 
     def free(self, rows: int) -> None:
         super().free(rows)
-        if rows == 0:
-            self.experience.forget(list(self.experience))
-
-    def _grow(self, sequences: Sequences, logits: Tensor, counts: list[int], levels: int, most: int) -> _Nodes:
-        """Candidates by probability, for rules under which any may be left out: greedy and coupled ones."""
-        root = torch.full((len(counts), 1), -1, device=logits.device)
-        nodes = self._children(sequences, logits, torch.zeros(root.shape, device=root.device), root, 0)
-        begin = read = 0  # of the newest level; nodes that the draft model has read
-        for level in range(1, levels):
-            known = nodes.scores.shape[1]
-            scores, chosen = nodes.scores[:, begin:].topk(min(WIDTH, known - begin), dim=1)
-            least = nodes.scores.topk(min(most, known), dim=1).values[:, -1:]
-            hopeless = known >= most and bool((scores[:, :1] - _STEP <= least).all())  # no child could be proposed
-            if hopeless or max(counts) + read + chosen.shape[1] > MOST_NODES:
-                break
-            chosen = chosen + begin
-            logits = self._read_nodes(nodes, chosen, counts, read)
-            begin, read = known, read + chosen.shape[1]
-            nodes = nodes + self._children(sequences, logits, scores, chosen, level)
-        return nodes
-
-    def _children(self, sequences: Sequences, logits: Tensor, scores: Tensor, parents: Tensor, level: int) -> _Nodes:
-        """The likeliest children of nodes [B, W] with these ``logits`` [B, W, V'] and ``scores``; [B, W * WIDTH]."""
-        fitted = sequences.fit(logits)
-        children = min(WIDTH, fitted.shape[-1])
-        if sequences.only_largest:
-            fitted = fitted * GREEDY_SHARPNESS
-            found, tokens = fitted.topk(children, dim=-1)
-            found = found - fitted.logsumexp(-1, keepdim=True)
-        else:  # what wins the race that the target will run, and by how much
-            laws = sequences.draft_laws(fitted, sequences.last_tokens[:, :0])
-            offsets = torch.full((len(laws), 1), level, device=laws.device)
-            chances = laws / sequences.randomness.target(offsets, laws.shape[-1])
-            found, tokens = chances.topk(children, dim=-1)
-            found = (RACE_SHARPNESS * found.log()).log_softmax(-1)
-        scores = (scores.unsqueeze(-1) + found.clamp(min=_IMPOSSIBLE) - _STEP).flatten(1)
-        parents = parents.unsqueeze(-1).expand(-1, -1, children).flatten(1)
-        return _Nodes(scores, tokens.flatten(1), parents, torch.full_like(parents, -1), None)
-
-    def _draw(self, sequences: Sequences, logits: Tensor, counts: list[int], most: int) -> _Nodes:
-        """Children drawn without replacement. How many a node has is settled before, and all are proposed.
-
-        Leaving one out because of what it is would change the text's law.
-        """
-        nodes, read = None, 0
-        for parents, numbers in shape(most, self.lm.context // 2):
-            chosen = torch.tensor(parents, device=logits.device).expand(len(counts), -1)
-            if nodes is not None:
-                logits = self._read_nodes(nodes, chosen, counts, read)
-                read += len(parents)
-            new = self._drawn(sequences, logits, chosen, read, numbers)
-            nodes = new if nodes is None else nodes + new
-        assert nodes is not None
-        return nodes
-
-    def _drawn(self, sequences: Sequences, logits: Tensor, parents: Tensor, read: int, numbers: list[int]) -> _Nodes:
-        """``numbers[i]`` children of node i of [B, W], in the order in which they win an exponential race."""
-        laws = sequences.draft_laws(sequences.fit(logits), sequences.last_tokens[:, :0])
-        noise = sequences.randomness.branches(read, laws.shape[1], laws.shape[-1])
-        tokens = (laws / noise).topk(min(max(numbers), laws.shape[-1]), dim=-1).indices
-        left, drawn_from = laws, []
-        for token in tokens.split(1, dim=-1):
-            drawn_from.append(left)
-            left = left.scatter(-1, token, 0.0)
-            left = left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
-        real = (
-            torch.arange(tokens.shape[-1], device=tokens.device) < torch.tensor(numbers, device=tokens.device)[:, None]
-        )
-        parents = parents.unsqueeze(-1).expand_as(tokens)[:, real]
-        probs = torch.stack(drawn_from, dim=2)[:, real]
-        return _Nodes(probs[..., 0] * 0, tokens[:, real], parents, torch.full_like(parents, -1), probs)
-
-    def _read_nodes(self, nodes: _Nodes, chosen: Tensor, counts: list[int], read: int) -> Tensor:
-        """Let the draft model read the candidates at ``chosen`` [B, W]; ``read`` nodes were read before. Logits."""
-        parents = nodes.parents.gather(1, chosen)
-        places = torch.where(parents >= 0, nodes.read.gather(1, parents.clamp(min=0)), -1).tolist()
-        nodes.read.scatter_(
-            1, chosen, torch.arange(read, read + chosen.shape[1], device=chosen.device).expand_as(chosen)
-        )
-        given = [[count + place for place in own] for count, own in zip(counts, places, strict=True)]
-        return self.lm.append(self._own(nodes.tokens.gather(1, chosen)), parents=given)
-
-    def _best(self, sequences: Sequences, nodes: _Nodes, lengths: list[int], most: int) -> Draft:
-        """The draft of the likeliest candidates, best first, so that parents come before their children."""
-        count = min(most, nodes.tokens.shape[1])
-        if nodes.laws is None:
-            chosen = nodes.scores.topk(count, dim=1).indices
-        else:
-            chosen = torch.arange(count, device=nodes.tokens.device).expand(len(lengths), -1)
-        ranks = torch.full_like(nodes.parents, -1).scatter(
-            1, chosen, torch.arange(count, device=chosen.device).expand_as(chosen)
-        )
-        parents = nodes.parents.gather(1, chosen)
-        given = torch.where(parents >= 0, ranks.gather(1, parents.clamp(min=0)), -1).tolist()
-        self._read = nodes.read.gather(1, chosen).tolist()
-        probs = None if nodes.laws is None else nodes.laws[:, :count]
-        broken = nodes.scores.isnan().any(1).tolist()
-        counts = [0 if wrong else min(length, count) for length, wrong in zip(lengths, broken, strict=True)]
-        return Draft(
-            nodes.tokens.gather(1, chosen).to(sequences.device),
-            torch.tensor(counts, device=sequences.device),
-            probs,
-            [own[:length] for own, length in zip(given, counts, strict=True)],
-        )
+        self.trees.free(rows)
