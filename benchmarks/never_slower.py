@@ -4,7 +4,8 @@ python benchmarks/never_slower.py [--models pair wide] [--batch 1 4 8 16 32] [--
 
 Every cell: plain decoding and chosen lengths with a good draft, a useless one (random weights), a lookup in text that
 does not repeat itself (sampled at a high temperature), and, with ``--sweep``, fixed lengths 1 to 8 with the good draft.
-Interleaved rounds after one to warm up. Writes benchmarks/results/never_slower.json after every cell.
+Interleaved rounds after one to warm up. Writes benchmarks/results/never_slower.json after every cell, where those of other
+models and batches stay.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.lm.native import native_lm
-from specdec.machine import machine
 from specdec.nn.gpt import GPT
+from specdec.report import write_figures
 from specdec.training.data import gather, held_out_prompts
 from specdec.widen import wide_pair
 
@@ -85,6 +86,9 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     given = parser.parse_args()
     console = Console(width=100)
+    here = {(models, batch) for models in given.models for batch in given.batch}
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+    before = [row for row in before if (row["models"], row["batch"]) not in here]
     rows: list[dict[str, object]] = []
     for models in given.models:
         pair = demo_pair()
@@ -103,7 +107,7 @@ def main() -> None:
                     )[1:]
                 console.print(bench.table(found, models))
                 rows += [{"models": models, **m.as_dict()} for m in found]
-                RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+                write_figures(RESULTS, {"rows": before + rows})
     chosen = [row for row in rows if row["method"] != bench.PLAIN and "k=" not in str(row["method"])]
     slower = [row for row in chosen if float(str(row["speedup"])) < LEAST]
     console.print(f"{len(slower)} of {len(chosen)} cells below {LEAST} of plain decoding")

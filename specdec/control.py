@@ -42,7 +42,7 @@ _WORTH = 1.05  # how much faster than plain decoding drafts must promise to be t
 _STILL_WORTH = 1.02  # and to go on
 _NEARLY, _NEARLY_IF_DEAR = 1.01, 1.03  # of two choices that differ less, the one made before is kept
 # Every so many decisions one that seems not much slower is made, if what it takes was not measured lately.
-_ASIDE, _ALMOST, _NOT_LATELY = 4, 1.15, 16
+_ASIDE, _ALMOST, _NOT_LATELY = 6, 1.12, 16
 
 
 class Adaptive:

@@ -14,7 +14,7 @@ _TRUST = 0.25  # how much of what may be lost must have come together before dra
 _PROBE_SHARE = 0.006  # of all time may be lost by trying
 _GRACE = 8.0  # plain steps whose time it may lose beyond it
 _MOST_AT_ONCE = 4.0  # plain steps, lost by one step; what took longer was disturbed, or is measured again and given up
-_USUAL = 1.1  # times what steps usually take; what took longer was disturbed
+_USUAL = 1.1  # times what steps usually take, the most that several together may take undisturbed
 _NEW = 0.05  # weight of the latest step in running means
 
 
@@ -131,4 +131,5 @@ class Ledger:
         by_model, width, drafted = sum(timed.draft_seconds for timed in spell), max(first.drafted), sum(first.drafted)
         usual = float(self._costs.passes(rows, drafted)[drafted])
         usual += float(self._costs.drafts(rows, width)[width]) if by_model else 0.0
-        return min(_USUAL * count * usual, by_model + sum(timed.step_seconds for timed in spell))
+        usual *= _USUAL if count > len(spell) else 1.0
+        return min(count * usual, by_model + sum(timed.step_seconds for timed in spell))
