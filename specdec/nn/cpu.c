@@ -15,9 +15,10 @@
 #include "pass.h"
 
 #define BLOCK 64 /* tokens of a block of the cache */
-#define TILE 9   /* the most tokens that share one reading of a weight */
+#define TILE 13  /* the most tokens that share one reading of a weight */
 #define HALF 6   /* as many of them as have registers for sums with four blocks: faster where there are several tiles */
 #define QUERIES 8 /* query heads that share one reading of keys and values */
+#define FAR 2048 /* bytes of a block of a weight, to be asked for ahead of need where there is much to compute with each */
 #define CHUNK 512 /* k of a weight that stays in the nearest cache while several tiles read it */
 #define HEIGHT 64 /* tokens whose sums with a weight in bytes are kept at a time */
 
@@ -58,18 +59,26 @@ INLINE void store_some(elem *to, vec x, int64_t count) {
 
 #define OFFSET 192 /* of what a byte is read as: with the bits of 128 before it, it is a bfloat16 from 128 to 255 */
 
+typedef struct { /* Two streams of a weight that will be needed next: memory brings them while there is much to compute */
+    const char *first, *second;
+} Ahead;
+
+INLINE Ahead nothing(const void *at_hand) { return (Ahead){at_hand, at_hand}; }
+
 /* out[m, 16 n ..] (+)= sum over k of x[m, k] w[n, k], for mt tokens and nb blocks of 16 rows of the weight; of one in
    bytes, w is byte + 128 */
 INLINE void tile(const int mt, const int nb, const int bytes, const elem *x, int64_t ldx, const void *w, int64_t ldw,
-                 int64_t k, float *out, int64_t ldo, const float *begin, int64_t ldb) {
+                 int64_t k, float *out, int64_t ldo, const float *begin, int64_t ldb, Ahead ahead) {
     vec sum[TILE][8]; /* of a constant size, so that it stays in registers */
-#pragma GCC unroll 9
+#pragma GCC unroll 13
     for (int m = 0; m < mt; m++)
 #pragma GCC unroll 8
         for (int n = 0; n < nb; n++) sum[m][n] = begin ? *(const vec *)(begin + m * ldb + n * LANES) : (vec){0};
     for (int64_t i = 0; i < k; i += PAIR) {
         const elem *here = (const elem *)w + i * LANES;
         const uint8_t *byte = (const uint8_t *)w + i * LANES;
+        __builtin_prefetch(ahead.first + i * LANES * sizeof(elem), 0, 2);
+        __builtin_prefetch(ahead.second + i * LANES * sizeof(elem), 0, 2);
 #if defined(FLOAT32)
         vec weight[8];
 #pragma GCC unroll 8
@@ -78,7 +87,7 @@ INLINE void tile(const int mt, const int nb, const int bytes, const elem *x, int
                 for (int l = 0; l < LANES; l++) weight[n][l] = 128 + byte[n * ldw + l];
             else
                 weight[n] = *(const vec *)(here + n * ldw);
-#pragma GCC unroll 9
+#pragma GCC unroll 13
         for (int m = 0; m < mt; m++) {
             vec one = spread(x[m * ldx + i]);
 #pragma GCC unroll 8
@@ -91,7 +100,7 @@ INLINE void tile(const int mt, const int nb, const int bytes, const elem *x, int
             weight[n] = bytes ? (__m512bh)_mm512_or_si512(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(byte + n * ldw))),
                                                           _mm512_set1_epi16(0x4300))
                               : (__m512bh)_mm512_loadu_si512(here + n * ldw);
-#pragma GCC unroll 9
+#pragma GCC unroll 13
         for (int m = 0; m < mt; m++) {
             int32_t both;
             memcpy(&both, x + m * ldx + i, 4);
@@ -108,7 +117,7 @@ INLINE void tile(const int mt, const int nb, const int bytes, const elem *x, int
                     weight[n][l] = (0x4300u | byte[n * ldw + 2 * l]) | (0x4300u | byte[n * ldw + 2 * l + 1]) << 16;
             else
                 weight[n] = *(const bits *)(here + n * ldw);
-#pragma GCC unroll 9
+#pragma GCC unroll 13
         for (int m = 0; m < mt; m++) {
             vec first = spread(widen(x[m * ldx + i])), second = spread(widen(x[m * ldx + i + 1]));
 #pragma GCC unroll 8
@@ -119,7 +128,7 @@ INLINE void tile(const int mt, const int nb, const int bytes, const elem *x, int
         }
 #endif
     }
-#pragma GCC unroll 9
+#pragma GCC unroll 13
     for (int m = 0; m < mt; m++)
 #pragma GCC unroll 8
         for (int n = 0; n < nb; n++) *(vec *)(out + m * ldo + n * LANES) = sum[m][n];
@@ -128,36 +137,39 @@ INLINE void tile(const int mt, const int nb, const int bytes, const elem *x, int
 /* As many blocks at once as there are registers for the sums of mt tokens. */
 INLINE int blocks_at_once(int mt) { return mt <= 2 ? 8 : mt <= 6 ? 4 : 2; }
 
-typedef void Tile(const elem *, int64_t, const void *, int64_t, int64_t, float *, int64_t, const float *, int64_t);
+typedef void Tile(const elem *, int64_t, const void *, int64_t, int64_t, float *, int64_t, const float *, int64_t, Ahead);
 #define TILE_OF(M, N, BYTES)                                                                                    \
     static void tile_##M##_##N##_##BYTES(const elem *x, int64_t ldx, const void *w, int64_t ldw, int64_t k,     \
-                                         float *out, int64_t ldo, const float *begin, int64_t ldb) {            \
-        tile(M, N, BYTES, x, ldx, w, ldw, k, out, ldo, begin, ldb);                                             \
+                                         float *out, int64_t ldo, const float *begin, int64_t ldb,              \
+                                         Ahead ahead) {                                                         \
+        tile(M, N, BYTES, x, ldx, w, ldw, k, out, ldo, begin, ldb, ahead);                                      \
     }
 #define TILES_2(M, BYTES) TILE_OF(M, 1, BYTES) TILE_OF(M, 2, BYTES)
 #define TILES_4(M, BYTES) TILES_2(M, BYTES) TILE_OF(M, 4, BYTES)
 #define TILES_8(M, BYTES) TILES_4(M, BYTES) TILE_OF(M, 8, BYTES)
 #define ALL_TILES(BYTES)                                                                                        \
     TILES_8(1, BYTES) TILES_8(2, BYTES) TILES_4(3, BYTES) TILES_4(4, BYTES) TILES_4(5, BYTES) TILES_4(6, BYTES) \
-    TILES_2(7, BYTES) TILES_2(8, BYTES) TILES_2(9, BYTES)
+    TILES_2(7, BYTES) TILES_2(8, BYTES) TILES_2(9, BYTES) TILES_2(10, BYTES) TILES_2(11, BYTES)                 \
+    TILES_2(12, BYTES) TILES_2(13, BYTES)
 ALL_TILES(0) ALL_TILES(1)
 #define ROW_2(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, 0, 0}
 #define ROW_4(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, tile_##M##_4_##BYTES, 0}
 #define ROW_8(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, tile_##M##_4_##BYTES, tile_##M##_8_##BYTES}
 #define ROWS(BYTES)                                                                                             \
     {ROW_8(1, BYTES), ROW_8(2, BYTES), ROW_4(3, BYTES), ROW_4(4, BYTES), ROW_4(5, BYTES),                       \
-     ROW_4(6, BYTES), ROW_2(7, BYTES), ROW_2(8, BYTES), ROW_2(9, BYTES)}
+     ROW_4(6, BYTES), ROW_2(7, BYTES), ROW_2(8, BYTES), ROW_2(9, BYTES), ROW_2(10, BYTES),                      \
+     ROW_2(11, BYTES), ROW_2(12, BYTES), ROW_2(13, BYTES)}
 static Tile *const TILES[2][TILE][4] = {ROWS(0), ROWS(1)};
 
 /* mt <= TILE tokens and any number of blocks; a token's sums do not depend on how the blocks are taken together. */
 static void strip(int bytes, int mt, int64_t blocks, const elem *x, int64_t ldx, const void *w, int64_t ldw, int64_t k,
-                  float *out, int64_t ldo, const float *begin, int64_t ldb) {
+                  float *out, int64_t ldo, const float *begin, int64_t ldb, Ahead ahead) {
     int64_t row = ldw * (bytes ? 1 : sizeof(elem));
     for (int64_t n = 0; n < blocks;) {
         int size = blocks_at_once(mt), place = size == 8 ? 3 : size == 4 ? 2 : 1;
         while (size > blocks - n) size /= 2, place--;
         TILES[bytes][mt - 1][place](x, ldx, (const char *)w + n * row, ldw, k, out + n * LANES, ldo,
-                                    begin ? begin + n * LANES : 0, ldb);
+                                    begin ? begin + n * LANES : 0, ldb, ahead);
         n += size;
     }
 }
@@ -183,7 +195,8 @@ static void bytes_strip(const Linear *by, int64_t n, int64_t count, int64_t toke
         int64_t length = by->k - i < chunk ? by->k - i : chunk;
         for (int64_t m = 0; m < tokens; m += height)
             strip(1, tokens - m < height ? tokens - m : height, count, x + m * ldx + i, ldx, weight + i * LANES,
-                  by->k * LANES, length, sums[m], 8 * LANES, i ? sums[m] : 0, i ? 8 * LANES : 0);
+                  by->k * LANES, length, sums[m], 8 * LANES, i ? sums[m] : 0, i ? 8 * LANES : 0,
+                  nothing(weight));
     }
     for (int64_t m = 0; m < tokens; m++)
         for (int64_t j = 0; j < count; j++) {
@@ -197,7 +210,7 @@ static void bytes_strip(const Linear *by, int64_t n, int64_t count, int64_t toke
 /* out[M, n] = (add: out +) x[M, k] w^T (+ bias), by all threads of the team */
 static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx, float *out, int64_t ldo, int add) {
     int64_t blocks = by->n / LANES, ldw = by->k * LANES;
-    int64_t tiles = tokens <= TILE ? 1 : (tokens + HALF - 1) / HALF, height = (tokens + tiles - 1) / tiles;
+    int64_t tiles = tokens <= TILE ? 1 : tokens <= 2 * TILE ? 2 : (tokens + HALF - 1) / HALF, height = (tokens + tiles - 1) / tiles;
     int64_t at_once = blocks_at_once(height), strips = (blocks + at_once - 1) / at_once;
     int64_t chunk = tiles > 1 ? CHUNK : by->k, group = HEIGHT / height * height;
     float sizes[by->scale ? tokens : 1];
@@ -210,15 +223,21 @@ static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx,
                         out + m * ldo + n * LANES, ldo, add);
         if (by->scale) continue;
         for (int64_t i = 0; i < by->k; i += chunk) {
-            int64_t length = by->k - i < chunk ? by->k - i : chunk;
-            for (int64_t m = 0; m < tokens; m += height) {
+            int64_t length = by->k - i < chunk ? by->k - i : chunk, each = (count + tiles - 1) / tiles;
+            const elem *weight = (const elem *)by->weight + n * ldw + i * LANES;
+            const elem *next = i + chunk < by->k ? weight + chunk * LANES : (const elem *)by->weight + (n + count) * ldw;
+            int64_t asked = tiles == 1 || next >= (const elem *)by->weight + blocks * ldw ? count : 0; /* blocks of `next` */
+            for (int64_t m = 0; m < tokens; m += height, asked += each) {
+                Ahead ahead = {(const char *)(asked < count ? next + asked * ldw : weight),
+                               (const char *)(each > 1 && asked + 1 < count ? next + (asked + 1) * ldw : weight)};
+                if (tiles == 1 && height > HALF)
+                    ahead = (Ahead){(const char *)weight + FAR, (const char *)(weight + ldw) + FAR};
                 int mt = tokens - m < height ? tokens - m : height;
                 float *here = out + m * ldo + n * LANES;
                 for (int64_t j = 0; add && by->bias && !i && j < mt * count; j++)
                     *(vec *)(here + j / count * ldo + j % count * LANES) += *(const vec *)(by->bias + (n + j % count) * LANES);
                 const float *begin = i || add ? here : by->bias ? by->bias + n * LANES : 0;
-                strip(0, mt, count, x + m * ldx + i, ldx, (const elem *)by->weight + n * ldw + i * LANES, ldw, length, here, ldo, begin,
-                      i || add ? ldo : 0);
+                strip(0, mt, count, x + m * ldx + i, ldx, weight, ldw, length, here, ldo, begin, i || add ? ldo : 0, ahead);
             }
         }
     }
@@ -343,14 +362,15 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
     }
     for (int64_t b = 0; b < blocks; b++) {
         const elem *keys = block_of(pass, model, row, b, number, group), *values = keys + BLOCK * padded;
-        strip(0, mt, BLOCK / LANES, queries[0], padded, keys, padded * LANES, padded, scores[0], BLOCK, 0, 0);
+        strip(0, mt, BLOCK / LANES, queries[0], padded, keys, padded * LANES, padded, scores[0], BLOCK, 0, 0, nothing(keys));
         for (int m = 0; m < mt; m++) {
             if (last[m] < b * BLOCK)
                 memset(p[m], 0, sizeof p[m]);
             else
                 soften(scores[m], visible(pass, row, place[m], b), p[m], &largest[m], &sum[m], mixed[m], padded);
         }
-        strip(0, mt, padded / LANES, p[0], BLOCK, values, BLOCK * LANES, BLOCK, mixed[0], padded, mixed[0], padded);
+        strip(0, mt, padded / LANES, p[0], BLOCK, values, BLOCK * LANES, BLOCK, mixed[0], padded, mixed[0], padded,
+              nothing(values));
     }
     for (int m = 0; m < mt; m++) {
         elem *out = pass->h + place[m] * pass->ld_h + (group * share + (begin + m) % share) * size;
