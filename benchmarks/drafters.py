@@ -37,7 +37,7 @@ from specdec.training.head_trainer import HeadSettings
 RESULTS = Path(__file__).parent / "results/drafters.json"
 PAGE = Path(__file__).parent / "DRAFTERS.md"
 ON_TEXT, DISTILLED, BLOCK, EAGLE = "draft model, text only", "draft model, distilled", "block head", "EAGLE-3 head"
-CHAIN, TREES = 4, (16, 32)
+CHAIN, LONGER, TREES = 4, (8, 15), (16, 32)
 PROMPTS, NEW_TOKENS = 8, 96
 CELLS = [(batch, temperature) for batch in (1, PROMPTS) for temperature in (0.0, 1.0)]
 
@@ -68,12 +68,13 @@ def methods(tokens: int, target: Path, temperature: float) -> dict[str, Method]:
     distilled = trained(DISTILLED, tokens, target)
     chains |= {"suffix": again(draft="suffix"), "the target itself": again(draft="self"),
                "distilled and suffix": again(draft=[distilled, "suffix"])}  # fmt: skip
-    tree = again(draft=distilled, tree=True)
+    trees = {name: again(draft=trained(name, tokens, target), tree=True) for name in (DISTILLED, BLOCK, EAGLE)}
     ways = {PLAIN: (plain, 0)}
     ways |= {name: (engine, CHAIN) for name, engine in chains.items()}
-    ways |= {f"tree of {nodes}, distilled": (tree, nodes) for nodes in TREES}
+    ways |= {f"{DISTILLED}, {length} tokens": (chains[DISTILLED], length) for length in LONGER}
+    ways |= {f"tree of {nodes}, {name}": (tree, nodes) for name, tree in trees.items() for nodes in TREES}
     ways |= {f"{name} ({AUTO})": (engine, AUTO) for name, engine in chains.items()}
-    ways[f"tree, distilled ({AUTO})"] = (tree, AUTO)
+    ways[f"tree, {DISTILLED} ({AUTO})"] = (trees[DISTILLED], AUTO)
     return {name: bench.engine_method(engine, num_draft_tokens=length, max_new_tokens=NEW_TOKENS,
                                       temperature=temperature, seed=0) for name, (engine, length) in ways.items()}  # fmt: skip
 
@@ -123,7 +124,7 @@ def markdown(found: Sequence[Measurement], tokens: int) -> str:
 def draw(found: Sequence[Measurement], path: Path) -> None:
     """Accepted lengths of fixed drafts, and speeds to plain decoding, at batch 1."""
     names = [name for name in dict.fromkeys(m.method for m in found) if AUTO not in name and name != PLAIN][::-1]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained", sharey=True)
     for shift, temperature, colour in ((0.2, 0.0, COLOURS[1]), (-0.2, 1.0, COLOURS[2])):
         here: Mapping[str, Measurement] = {m.method: m for m in found if m.cell == (1, temperature)}
         places = [i + shift for i in range(len(names))]

@@ -53,7 +53,8 @@ def load(
         them open. See ``specdec.register_drafter`` for names of your own.
     draft_tokenizer: that of a draft model, if it is not the one next to its weights. A draft with another tokenizer than
         the target's guesses text, or the tokens that both have; see ``drafters/vocabularies.py``.
-    tree: a draft model proposes trees of tokens, several where it is unsure; ``num_draft_tokens`` counts all of one.
+    tree: a draft model or feature head proposes trees of tokens, several where it is unsure; ``num_draft_tokens`` counts
+        all of one.
     dtype: "float32", "bfloat16", "float16", "int8" (weights rounded to a byte each: another model, whose own law it
         then is that drafts never change), or "auto" for the checkpoint's own. draft_dtype: the same for the draft;
         ``dtype`` by default. device: "cpu", "cuda", or "auto". None of them applies to models that come as objects:

@@ -56,6 +56,9 @@ def test_logits_are_the_same_bits_however_tokens_are_read(dtype: torch.dtype) ->
     at_once = lm.append(tokens)[0]
     lm.free(0)
     assert torch.equal(at_once, alone)
+    for count in range(2, 34):  # tokens share a reading of the weights in other groups
+        assert torch.equal(lm.append(tokens[:, :count])[0], alone[:count]), count
+        lm.free(0)
 
     others = [text(n, seed=n)[0].tolist() for n in (5, 90)]
     lm.fill([others[0], tokens[0, :70].tolist(), others[1]])
