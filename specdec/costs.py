@@ -70,6 +70,7 @@ class Costs:
         self._passes: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of all -> seconds
         self._drafts: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of each -> seconds
         self._reading = Cell()
+        self._latest: dict[int, Cell] = {}  # by table of cells
         self._curves: dict[tuple[str, int, int], tuple[int, NDArray[np.float64]]] = {}
         self._count = 0
 
@@ -90,12 +91,10 @@ class Costs:
 
     def _add(self, cells: dict[int, Cell], size: int, tokens: int, seconds: float, is_settled: bool = True) -> None:
         cell = cells.setdefault(size, _cell(size))
-        if cell.when < self._count - 1 or not cell.beside:
-            cell.beside = {
-                n: other.typical
-                for n, other in cells.items()
-                if other is not cell and other.when and self._count - other.when < _BESIDE
-            }
+        if self._latest.get(id(cells)) is not cell:
+            lately = {n: other for n, other in cells.items() if other.when and self._count - other.when < _BESIDE}
+            cell.beside = {n: other.typical for n, other in lately.items() if other is not cell}
+            self._latest[id(cells)] = cell
         self._count += 1
         cell.add(tokens, seconds, self._count, is_settled)
 

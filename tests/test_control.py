@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdec import Engine, Settings, experience
+from specdec import Engine, Settings, control, experience
 from specdec.control import Adaptive
 from specdec.costs import Costs, read_costs, write_costs
 from specdec.draft import Outlook
@@ -353,6 +353,50 @@ def test_a_machine_that_slows_down_is_no_loss_of_drafts() -> None:
     usual = world.pass_seconds
     world.draft, world.pass_seconds = 2 * world.draft, lambda drafted: 2 * usual(drafted)  # type: ignore[method-assign]
     assert world.run(1000) > 0.9 * world.best
+
+
+def test_what_was_measured_a_while_ago_is_scaled_by_what_was_measured_beside_it() -> None:
+    """The machine slows down while drafts of 4 are made; those of 2 were measured just before them, those of 1 long before."""
+    costs = Costs()
+    for drafted, seconds, times in ((1, 1.05, 7), (0, 1.0, 20), (2, 1.1, 7), (4, 1.2, 12), (2, 1.1, 12), (4, 1.8, 12)):
+        for _ in range(times):
+            costs.count_pass(1, drafted, seconds)
+            if drafted:
+                costs.count_draft(1, drafted, 0.1 * drafted * seconds)
+    costs._curves.clear()
+    assert costs.passes(1, 4).tolist() == pytest.approx([1.0, 1.05, 1.1 * 1.5, 1.725, 1.8])  # not plain ones
+    assert costs.drafts(1, 4)[[1, 2, 4]].tolist() == pytest.approx([0.105, 0.22 * 1.5, 0.72])
+    costs.count_pass(1, 2, 1.1)  # it is measured again
+    costs._curves.clear()
+    assert costs.passes(1, 4)[2] == pytest.approx(1.1)
+
+
+def test_neighbours_of_a_choice_are_measured_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    oldest = []
+    for every in (control._ASIDE, 1 << 30):
+        monkeypatch.setattr(control, "_ASIDE", every)
+        world = World(accepted=0.8, draft=0.05, token=0.02)
+        world.run(1500)
+        depth = world.controller._kept[0]
+        oldest.append(min(world.controller.costs.age(1, near) for near in (depth // 2, 2 * depth)))
+        assert world.run(600) > 0.95 * world.best
+    assert oldest[0] < 300 < oldest[1]
+
+
+def test_refusals_that_are_to_be_expected_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of all drafts are refused at once, so three in a row say little."""
+    decided = []
+    decide = Adaptive._decide
+    monkeypatch.setattr(Adaptive, "_decide", lambda self, *given: (decided.append(1), decide(self, *given))[1])
+    counts = []
+    for unlikely in (control._UNLIKELY, 0.999):
+        monkeypatch.setattr(control, "_UNLIKELY", unlikely)
+        world = World(accepted=0.5, draft=0.02)
+        world.run(500)
+        decided.clear()
+        world.run(1000)
+        counts.append(len(decided))
+    assert counts[0] < 0.7 * counts[1]
 
 
 class Moody(World):
