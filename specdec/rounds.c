@@ -5,12 +5,15 @@
 
 #include <time.h>
 
+typedef int64_t Choose(const Drafting *, int64_t, int64_t, int64_t, const float *, int64_t, int64_t *); /* of nn/cpu.c */
+
 typedef struct { /* a model, and what its passes need */
-    Pass pass;   /* with room for the tokens of a round */
+    Pass pass, next; /* with room for the tokens of a round, and for one of every row */
     const void *model, *head;
     void (*forward)(const Pass *pass, const void *model);
     void (*product)(const void *by, int64_t tokens, const void *x, int64_t ldx, float *out, int64_t ldo, int64_t threads);
-    int64_t state;    /* bytes of a row of pass.h */
+    int64_t (*chain)(const Pass *first, const Pass *next, const void *model, int64_t count, int64_t choices, float *logits,
+                     int64_t *chosen, Choose *choose, const Drafting *asked);
     float *logits;    /* [tokens of a round, width] */
     int64_t width;
     int64_t *lengths; /* [rows]: tokens in the cache */
@@ -42,61 +45,33 @@ static double now(void) {
     return time.tv_sec + 1e-9 * time.tv_nsec;
 }
 
-/* Read `counts[b]` (NULL: 1) tokens of every row, from `begins[b]` on in its text, behind `more` that are not counted yet. */
-static void take(Reader *reader, const Rounds *r, const int64_t *begins, const int64_t *counts, const int64_t *more) {
+/* The pass is to read `counts[b]` tokens of every row, from `begins[b]` on in its text. */
+static void lay_out(Reader *reader, const Rounds *r, const int64_t *begins, const int64_t *counts) {
     Pass *pass = &reader->pass;
     int64_t *ids = (int64_t *)pass->ids, *places = (int64_t *)pass->places, *positions = (int64_t *)pass->positions;
     int64_t *row_of = (int64_t *)pass->row_of, *row_begins = (int64_t *)pass->row_begins, m = 0;
     for (int64_t b = 0; b < r->rows; b++) {
-        int64_t count = counts ? counts[b] : 1, place = reader->lengths[b] + (more ? more[b] : 0);
         row_begins[b] = m;
-        for (int64_t j = 0; j < count; j++, m++) {
+        for (int64_t j = 0; j < counts[b]; j++, m++) {
             ids[m] = r->texts[b * r->stride + begins[b] + j];
-            places[m] = positions[m] = place + j;
+            places[m] = positions[m] = reader->lengths[b] + j;
             row_of[m] = b;
         }
     }
     row_begins[r->rows] = pass->tokens = m;
-    reader->forward(pass, reader->model);
 }
 
-static void project(Reader *reader, int64_t count) {
-    const Pass *pass = &reader->pass;
-    reader->product(reader->head, count, pass->h, pass->ld_h, reader->logits, reader->width, pass->threads);
-}
-
-/* Token number `place` of every row's draft, behind its text; 0 where torch must draw it */
-static int64_t guess(const Reader *draft, const Rounds *r, int64_t place) {
-    int64_t tokens[r->rows];
-    if (r->temperatures) {
-        Drafting drafting = {r->drafted, r->rule == COUPLED, r->temperatures, r->seeds, r->starts, r->draft_laws};
-        if (!choose_drawn(&drafting, place, r->rows, r->vocabulary, draft->logits, draft->width, tokens)) return 0;
-    } else {
-        largest(r->rows, r->vocabulary, draft->logits, draft->width, tokens);
-    }
-    for (int64_t b = 0; b < r->rows; b++) {
-        if (tokens[b] < 0) return 0;
-        r->texts[b * r->stride + r->ends[b] + place] = tokens[b];
-    }
-    return 1;
-}
-
+/* Draft behind every row's text; 0 where torch must draw something. */
 static int64_t propose(Reader *draft, const Rounds *r, int64_t drafted) {
-    int64_t begins[r->rows], read[r->rows], rows = r->rows;
-    for (int64_t b = 0; b < rows; b++) begins[b] = r->ends[b] - r->unread[b];
-    take(draft, r, begins, r->unread, NULL);
-    for (int64_t b = 0; b < rows; b++) { /* the states of the rows' last tokens come first */
-        int64_t last = draft->pass.row_begins[b + 1] - 1;
-        memmove((char *)draft->pass.h + b * draft->state, (char *)draft->pass.h + last * draft->state, draft->state);
-        begins[b] = r->ends[b], read[b] = r->unread[b];
-    }
-    for (int64_t i = 0;; i++) {
-        project(draft, rows);
-        if (!guess(draft, r, i)) return 0;
-        if (i + 1 == drafted) return 1;
-        take(draft, r, begins, NULL, read);
-        for (int64_t b = 0; b < rows; b++) begins[b]++, read[b]++;
-    }
+    int64_t begins[r->rows], chosen[r->rows * drafted];
+    Drafting asked = {r->drafted, r->rule == COUPLED, r->temperatures, r->seeds, r->starts, r->draft_laws};
+    for (int64_t b = 0; b < r->rows; b++) begins[b] = r->ends[b] - r->unread[b];
+    lay_out(draft, r, begins, r->unread);
+    int64_t found = draft->chain(&draft->pass, &draft->next, draft->model, drafted, r->vocabulary, draft->logits, chosen,
+                                 r->temperatures ? choose_drawn : NULL, &asked);
+    for (int64_t b = 0; b < r->rows; b++)
+        memcpy(r->texts + b * r->stride + r->ends[b], chosen + b * drafted, found * sizeof(int64_t));
+    return found == drafted;
 }
 
 /* How many of a row's `proposed` tokens survive, and the one that follows; 0 where torch must decide. logits [proposed + 1] */
@@ -155,8 +130,10 @@ int64_t rounds(Reader *target, Reader *draft, Rounds *r) {
         double begun = now();
         if (drafted && !propose(draft, r, drafted)) return round;
         double proposed = now();
-        take(target, r, begins, counts, NULL);
-        project(target, target->pass.tokens);
+        const Pass *pass = &target->pass;
+        lay_out(target, r, begins, counts);
+        target->forward(pass, target->model);
+        target->product(target->head, pass->tokens, pass->h, pass->ld_h, target->logits, target->width, pass->threads);
         int64_t *accepted = r->accepted + round * r->rows;
         double read = now();
         for (int64_t b = 0; b < r->rows; b++) {

@@ -74,8 +74,8 @@ class Reader(Structure):
 
     kept: object  # what the pointers point to must live as long
 
-    _fields_ = [("passes", Pass), *((name, c_void_p) for name in ("model", "head", "forward", "product")),
-                ("state", c_int64), ("logits", c_void_p), ("width", c_int64), ("lengths", c_void_p),
+    _fields_ = [("first", Pass), ("next", Pass),
+                *((name, c_void_p) for name in ("model", "head", "forward", "product", "chain")), ("logits", c_void_p), ("width", c_int64), ("lengths", c_void_p),
                 ("seconds", c_double)]  # fmt: skip
 
 

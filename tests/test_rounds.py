@@ -126,6 +126,27 @@ def test_a_row_ends_where_it_ends_step_by_step(count: int, counted: Counted, sin
     assert counted.rounds > 20
 
 
+@pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
+def test_near_the_end_of_all_rows_drafts_are_shorter(
+    rule: str, counted: Counted, single: Callable[..., Output]
+) -> None:
+    target, draft = models()
+    engine = Engine(CpuLM(target), ModelDrafter(CpuLM(draft)))
+    for seed in range(12):
+        asked: dict[str, Any] = {
+            "max_new_tokens": 9,
+            "num_draft_tokens": 8,
+            "temperature": 1.2,
+            "rule": rule,
+            "seed": seed,
+        }
+        expected = single(engine, PROMPTS[:4], **asked)
+        found = engine.generate(PROMPTS[:4], **asked)
+        assert found.token_ids == expected.token_ids
+        assert found.stats.num_draft_tokens == expected.stats.num_draft_tokens
+    assert counted.rounds > 12
+
+
 def test_a_stream_gives_out_every_round(counted: Counted) -> None:
     target, draft = models()
     engine = Engine(CpuLM(target), ModelDrafter(CpuLM(draft)))

@@ -142,19 +142,20 @@ class CpuLM(PagedLM):
         lengths = self.lengths[:rows]
         self._extend(lengths, [more] * rows, 0)
         cells = np.zeros(tokens, dtype=np.int64)
-        described = self._described(Tokens(cells, cells, cells, np.arange(tokens) * rows // tokens), 0, True)
-        width, packed = self._packed.head.n, self._packed
+        first = self._described(Tokens(cells, cells, cells, np.arange(tokens) * rows // tokens), 0, True)
+        following = self._described(Tokens(cells[:rows], cells[:rows], cells[:rows], np.arange(rows)), 0, True)
+        width, packed, library = self._packed.head.n, self._packed, self._library
         logits, kept = torch.empty(projected, width), np.array(lengths, dtype=np.int64)
         reader = rounds.Reader(
-            described, ctypes.cast(packed.reference, c_void_p), ctypes.addressof(packed.head),
-            ctypes.cast(self._library.forward, c_void_p), ctypes.cast(self._library.product, c_void_p),
-            described.ld_h * self.dtype.itemsize, logits.data_ptr(), width, kept.ctypes.data, 0.0,
+            first, following, ctypes.cast(packed.reference, c_void_p), ctypes.addressof(packed.head),
+            *(ctypes.cast(function, c_void_p) for function in (library.forward, library.product, library.chain)),
+            logits.data_ptr(), width, kept.ctypes.data, 0.0,
         )  # fmt: skip
-        reader.kept = described.kept, logits, kept
+        reader.kept = first.kept, following.kept, logits, kept
         return reader
 
     def _has_played(self, reader: rounds.Reader) -> None:
-        lengths = cast(tuple[object, object, Integers], reader.kept)[2]
+        lengths = cast(tuple[object, object, object, Integers], reader.kept)[-1]
         self.lengths[: len(lengths)] = lengths.tolist()
         self.clock.add(reader.seconds)
 
