@@ -13,7 +13,7 @@ from specdec.controller import DEFAULT_DRAFT_TOKENS
 from specdec.costs import Costs
 from specdec.draft import Drafter, Foresight, Outlook
 from specdec.experience import MOST_DRAFT_TOKENS, Experience
-from specdec.ledger import Ledger, Timed
+from specdec.ledger import Ledger, Streak, Timed
 from specdec.plans import Plan, Plans
 from specdec.sequences import Row, Sequences, Step
 from specdec.stats import Decisions
@@ -36,8 +36,6 @@ _MOST_REST, _CARE = 1023, 0.005  # the longest one where deciding takes more tha
 _LONGEST_DOZE = 31  # the same where a look at the text may change the verdict at any token
 # Of the time while drafts pay, that share is lost by measuring plain decoding again: often where drafts gain little.
 _LOOKS, _LEAST_TRUST, _LONGEST_TRUST = 0.005, 8, 1024
-# Until the caches of the processor hold what plain steps need after drafts, or drafts after those: so many, or so long.
-_SETTLES, _SETTLE_SECONDS = 4, 2e-3
 _WORTH = 1.05  # how much faster than plain decoding drafts must promise to be to begin
 _STILL_WORTH = 1.02  # and to go on
 _NEARLY, _NEARLY_IF_DEAR = 1.01, 1.03  # of two choices that differ less, the one made before is kept
@@ -68,8 +66,7 @@ class Adaptive:
         self._refused = 0  # steps in a row whose drafts were refused, all of them
         self._patience = _REFUSED  # how many are too many
         self._since_settled = 0  # drafts since a plain step was measured well
-        self._alike, self._drafted = 0, False  # steps of the kind of the last one, in a row; whether it drafted
-        self._alike_seconds = 0.0  # that they took
+        self._streak = Streak()
         self._step = 1.0  # plain steps that one as chosen takes
         self._promise = 1.0  # how much faster than plain decoding the latest choice should be
         self._lengths: list[int] = []
@@ -139,18 +136,14 @@ class Adaptive:
         first, passes = steps[0], sum(step.passes for step in steps)
         unread = self._unread(first.rows) if draft_seconds else 0
         self._since = 0 if draft_seconds else self._since + passes
-        if any(first.drafted) != self._drafted:
-            self._alike, self._alike_seconds, self._drafted = 0, 0.0, not self._drafted
-        before = self._alike + passes // 2, self._alike_seconds + (draft_seconds + step_seconds) / 2
-        is_settled = before[0] >= _SETTLES or before[1] > _SETTLE_SECONDS
-        self._alike, self._alike_seconds = self._alike + passes, 2 * before[1] - self._alike_seconds
+        is_settled = self._streak.add(any(first.drafted), passes, draft_seconds + step_seconds)
         self._age, self._probing = self._age - len(steps) + 1, max(0, self._probing - len(steps) + 1)
         self._check, self._rest = max(0, self._check - (passes > 1)), max(0, self._rest - passes + 1)
         if self._rest:  # nothing is decided before the last step of one
             self._ledger.rested += passes
         else:
             timed = Timed(steps, draft_seconds, step_seconds, unread, is_settled)
-            begins = self._drafted and len(first.rows) not in self._begun
+            begins = self._streak.drafts and len(first.rows) not in self._begun
             if begins or first.is_first:  # what it took says nothing
                 self._begun.update([len(first.rows)] * begins)
                 self._count_drafts([timed])
@@ -171,7 +164,7 @@ class Adaptive:
     def _look_for_refusals(self, steps: Sequence[Step]) -> None:
         """Decide anew where what was believed does not hold."""
         for step in steps:
-            self._refused = self._refused + 1 if self._drafted and not any(step.accepted) else 0
+            self._refused = self._refused + 1 if self._streak.drafts and not any(step.accepted) else 0
             if self._refused >= self._patience:
                 self._age = 0
 
@@ -180,7 +173,7 @@ class Adaptive:
         if self._spell:
             started, count = time.perf_counter(), sum(len(timed.steps) for timed in self._spell)
             self._learn(self._spell)
-            self._care = (time.perf_counter() - started) / count * self._drafted
+            self._care = (time.perf_counter() - started) / count * self._streak.drafts
             self._spell = []
 
     def _learn(self, spell: list[Timed]) -> None:
@@ -190,7 +183,7 @@ class Adaptive:
             self._time(timed, rows)
         self._count_drafts(spell)
         by_model = sum(timed.draft_seconds for timed in spell)
-        is_try = self._drafted and (self._tries or by_model > 0 and (self._free or not any(self._lengths)))
+        is_try = self._streak.drafts and (self._tries or by_model > 0 and (self._free or not any(self._lengths)))
         self.decisions.probes += sum(timed.passes for timed in spell) * is_try
         self._ledger.enter(spell, is_try=is_try)
         if not is_try:
@@ -228,7 +221,7 @@ class Adaptive:
         """Where drafts have lost too much, measure plain decoding before that is believed."""
         if not self._ledger.is_spent or self._check:
             return
-        if self._drafted:
+        if self._streak.drafts:
             self._check, self._age = _CHECK, 0
         else:
             self._ledger.settle(rows)

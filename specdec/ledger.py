@@ -16,6 +16,10 @@ _GRACE = 8.0  # plain steps whose time it may lose beyond it
 _MOST_AT_ONCE = 4.0  # plain steps, lost by one step; what took longer was disturbed, or is measured again and given up
 _USUAL = 1.1  # times what steps usually take, the most that several together may take undisturbed
 _NEW = 0.05  # weight of the latest step in running means
+_SETTLES, _SETTLE_SECONDS = (
+    4,
+    2e-3,
+)  # passes, or as long, until caches hold what plain steps need after drafts, or drafts
 
 
 class Timed(NamedTuple):
@@ -31,6 +35,22 @@ class Timed(NamedTuple):
     def passes(self) -> int:
         """Of the target."""
         return sum(step.passes for step in self.steps)
+
+
+class Streak:
+    """Steps in a row that drafted, or did not: caches of the processor hold what they need after some of them."""
+
+    def __init__(self) -> None:
+        self.drafts = False
+        self._passes, self._seconds = 0, 0.0
+
+    def add(self, drafts: bool, passes: int, seconds: float) -> bool:
+        """One more, or several together; whether half of it was done when caches had settled."""
+        if drafts != self.drafts:
+            self.drafts, self._passes, self._seconds = drafts, 0, 0.0
+        is_settled = self._passes + passes // 2 >= _SETTLES or self._seconds + seconds / 2 > _SETTLE_SECONDS
+        self._passes, self._seconds = self._passes + passes, self._seconds + seconds
+        return is_settled
 
 
 class Account:
