@@ -114,9 +114,17 @@ class Costs:
         return self._count - (0 if cell is None else cell.when)
 
     def most_drafted(self, rows: int) -> int:
-        """The most tokens that such passes checked, among others of their kind; 0 if there were none that did."""
-        cells = self._passes.get(_size(rows), {}).values()
+        """The most tokens that passes over that many rows, or about so many, checked; 0 if nothing is known of them."""
+        return self._most_drafted(self._lender(_size(rows)))
+
+    def _most_drafted(self, size: int) -> int:
+        cells = self._passes.get(size, {}).values()
         return max((int(cell.tokens) for cell in cells if cell.is_settled and len(cell.latest) >= _ENOUGH), default=0)
+
+    def _lender(self, size: int) -> int:
+        """The number of rows whose passes say what drafts cost: ``size``, or the next one of which anything is known."""
+        known = [other for other in self._passes if self._most_drafted(other)]
+        return min(known, key=lambda other: (abs(other - size), -other)) if known and size not in known else size
 
     @property
     def reading(self) -> float:
@@ -124,8 +132,14 @@ class Costs:
         return self._reading.typical
 
     def passes(self, rows: int, most: int) -> NDArray[np.float64]:
-        """Seconds of passes that check 0 .. ``most`` tokens in all; never less for more tokens."""
-        return self._curve("passes", _size(rows), most)
+        """Seconds of passes that check 0 .. ``most`` tokens in all; never less for more tokens.
+
+        Where none of that many rows was measured but plain ones, drafts cost as much more as they do of other numbers.
+        """
+        size = _size(rows)
+        lender = self._lender(size)
+        curve, own = self._curve("passes", lender, most), self._passes.get(size, {}).get(0)
+        return curve if lender == size or own is None else curve * (own.typical / curve[0])
 
     def drafts(self, rows: int, most: int) -> NDArray[np.float64]:
         """Seconds of drafting 0 .. ``most`` tokens for each of ``rows`` rows; 0 while nothing is known."""

@@ -371,6 +371,34 @@ def test_what_was_measured_a_while_ago_is_scaled_by_what_was_measured_beside_it(
     assert costs.passes(1, 4)[2] == pytest.approx(1.1)
 
 
+@pytest.mark.parametrize("lends", [True, False])
+def test_a_batch_that_shrinks_near_its_end_goes_on_drafting(lends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three rows nothing was measured, and too little is left to try it; four rows say what it costs."""
+    if not lends:
+        monkeypatch.setattr(Costs, "_lender", lambda self, size: size)
+    world = World(rows=4, accepted=0.8)
+    world.run(300)
+    world.begin(3)
+    world.sequences.draft_limits = lambda: [20] * 3
+    for row in world.sequences.rows:
+        row.remaining = 20
+    world.run(12)
+    assert (sum(length > 0 for length in world.lengths) >= 8) == lends
+
+
+def test_costs_of_rows_of_which_little_is_known_are_those_of_others() -> None:
+    costs = Costs()
+    for rows, drafted, seconds in ((4, 0, 1.0), (4, 8, 1.5), (8, 0, 2.0), (8, 8, 2.1), (3, 0, 0.8)):
+        for _ in range(7):
+            costs.count_pass(rows, drafted, seconds)
+    assert costs.most_drafted(3) == 8 and not costs.knows(3, 8)
+    assert costs.passes(3, 8)[[0, 8]].tolist() == pytest.approx([0.8, 0.8 * 1.5])
+    for _ in range(7):
+        costs.count_pass(3, 8, 0.9)
+    costs._curves.clear()
+    assert costs.passes(3, 8)[8] == pytest.approx(0.9)
+
+
 def test_neighbours_of_a_choice_are_measured_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     oldest = []
     for every in (control._ASIDE, 1 << 30):
