@@ -69,6 +69,7 @@ class Costs:
     def __init__(self) -> None:
         self._passes: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of all -> seconds
         self._drafts: dict[int, dict[int, Cell]] = {}  # rows -> drafted tokens of each -> seconds
+        self._most: dict[int, int] = {}  # by rows: tokens that passes checked which were measured well
         self._reading = Cell()
         self._latest: dict[int, Cell] = {}  # by table of cells
         self._curves: dict[tuple[str, int, int], tuple[int, NDArray[np.float64]]] = {}
@@ -78,6 +79,7 @@ class Costs:
         """Add a step over ``rows`` rows that checked so many tokens in all, and whether it followed others of its kind."""
         cells = self._passes.setdefault(_size(rows), {})
         self._add(cells, _size(drafted), drafted, seconds, is_settled)
+        self._note_most(_size(rows))
         if not drafted:
             self._curves.clear()
 
@@ -115,16 +117,19 @@ class Costs:
 
     def most_drafted(self, rows: int) -> int:
         """The most tokens that passes over that many rows, or about so many, checked; 0 if nothing is known of them."""
-        return self._most_drafted(self._lender(_size(rows)))
-
-    def _most_drafted(self, size: int) -> int:
-        cells = self._passes.get(size, {}).values()
-        return max((int(cell.tokens) for cell in cells if cell.is_settled and len(cell.latest) >= _ENOUGH), default=0)
+        return self._most.get(self._lender(_size(rows)), 0)
 
     def _lender(self, size: int) -> int:
         """The number of rows whose passes say what drafts cost: ``size``, or the next one of which anything is known."""
-        known = [other for other in self._passes if self._most_drafted(other)]
-        return min(known, key=lambda other: (abs(other - size), -other)) if known and size not in known else size
+        return size if size in self._most else min(self._most, key=lambda n: (abs(n - size), -n), default=size)
+
+    def _note_most(self, size: int) -> None:
+        """Passes over ``size`` rows were added."""
+        known = (
+            cell for n, cell in self._passes[size].items() if n and cell.is_settled and len(cell.latest) >= _ENOUGH
+        )
+        if most := max((int(cell.tokens) for cell in known), default=0):
+            self._most[size] = most
 
     @property
     def reading(self) -> float:
@@ -185,6 +190,8 @@ class Costs:
         costs = cls()
         costs._passes, costs._drafts, reading = (_cells(given[name]) for name in ("passes", "drafts", "reading"))
         costs._reading = reading[0][0]
+        for size in costs._passes:
+            costs._note_most(size)
         return costs
 
 
