@@ -20,7 +20,7 @@ from rich.console import Console
 from specdec import bench, sweep
 from specdec.bench import PLAIN, Measurement
 from specdec.demo import demo_pair
-from specdec.limit import Limit, read_bandwidth
+from specdec.limit import Limit
 from specdec.picture import draw
 from specdec.report import write_figures
 from specdec.training.data import gather, held_out_prompts
@@ -45,7 +45,7 @@ def measured(pair: Path, batches: list[int], rounds: int, console: Console) -> I
         if not way.family.endswith("lookup")
     ]
     prompts = held_out_prompts(plain.tokenizer, gather("stdlib"), count=max(*batches, PROMPTS), tokens=PROMPT_TOKENS)
-    limit = Limit(read_bandwidth(plain.target.device), plain.target.weight_bytes)
+    limit = Limit(plain.target.read_bandwidth(), plain.target.weight_bytes)
     found: Measurements = []
     for batch in batches:
         found += sweep.measure(

@@ -196,7 +196,7 @@ def bench(
     """
     from specdec import sweep
     from specdec.bench import table
-    from specdec.limit import Limit, read_bandwidth
+    from specdec.limit import Limit
     from specdec.machine import machine
     from specdec.report import Report
 
@@ -219,7 +219,7 @@ def bench(
         "new tokens": max_new_tokens,
         "rounds": rounds,
     }
-    limit = Limit(read_bandwidth(target.device), target.weight_bytes) if target.weight_bytes else None
+    limit = Limit(target.read_bandwidth(), target.weight_bytes) if target.weight_bytes else None
     report = Report(f"{Path(model).name}: ways to generate", found, machine(), settings, limit)
     console.print(table(found, f"{Path(model).name}, medians of {rounds} rounds"))
     for line in report.lines():

@@ -11,6 +11,8 @@ from torch import nn
 from specdec import limit
 from specdec.checkpoints import load_lm
 from specdec.limit import Limit, read_bandwidth, weight_bytes
+from specdec.lm import base
+from specdec.nn import cpu
 from toys import tiny_gpt
 
 
@@ -50,3 +52,15 @@ def test_the_limit_is_bandwidth_over_bytes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     monkeypatch.setattr(limit, "_BUFFER", {"cpu": 1 << 20})
     assert read_bandwidth(torch.device("cpu")) > 0
+
+
+def test_a_model_on_cpu_reads_as_fast_as_its_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's sums do not reach what memory gives; a limit that passes exceed would be none."""
+    monkeypatch.setattr(cpu, "_LARGE", (64, 128))
+    monkeypatch.setattr(limit, "_BUFFER", {"cpu": 4096})
+    assert cpu.read_bandwidth() > 0
+    lm = load_lm(tiny_gpt())
+    for compiled, read in ((7.0, 5.0), (5.0, 7.0)):
+        monkeypatch.setattr(cpu, "read_bandwidth", lambda compiled=compiled: compiled)
+        monkeypatch.setattr(base, "read_bandwidth", lambda device, read=read: read)
+        assert lm.read_bandwidth() == 7.0

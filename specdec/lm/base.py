@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specdec.draws import Drawing
 from specdec.errors import ConfigError, PromptError
+from specdec.limit import read_bandwidth
 from specdec.lm.clock import Clock
 from specdec.lm.features import Features
 from specdec.rounds import Played, Rounds
@@ -195,6 +196,10 @@ class CachedLM(ABC):
         assert self._features is not None, "tap comes first"
         missing = torch.empty(0, len(self.tapped) * self.feature_size, dtype=self.dtype, device=self.device)
         return self._features.take(slot, missing)
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second that the device's memory gives, as fast as anything here reads it."""
+        return read_bandwidth(self.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The model's own embeddings [..., H] of tokens [...], for drafters that share them; where ``tap`` works."""

@@ -287,6 +287,9 @@ class CpuLM(PagedLM):
         cpu.product(self._library, head, flat, logits)
         return logits.view(*hidden.shape[:-1], head.n)[..., : self.vocab_size]
 
+    def read_bandwidth(self) -> float:
+        return max(super().read_bandwidth(), cpu.read_bandwidth())
+
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.embedding(tokens, self._embedding)
 

@@ -26,6 +26,7 @@ EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL, NOTE = range(7)  # the stages of cpu.c
 TRIED_TOKENS = (8, 16, 32, 64, 128)  # of passes that oneDNN is tried with
 WORTH_A_THREAD = 2**21  # multiplications, some tens of microseconds
 LEAST_TIMED = 2**17  # numbers in a weight; with smaller ones calls cost more than products
+_LARGE, _TRIES = (1 << 16, 1 << 12), 8  # a weight that caches do not hold, and how often it is read
 CLEARLY_FASTER = 1.25  # how much faster oneDNN must be to be worth a second copy of the weights
 
 
@@ -201,6 +202,22 @@ def product(library: ctypes.CDLL, by: Linear, x: Tensor, out: Tensor) -> None:
     pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0)), ctypes.c_void_p(out.data_ptr())
     threads = ctypes.c_int64(threads_for(len(x) * by.n * by.k))
     library.product(ctypes.byref(by), ctypes.c_int64(len(x)), *pointers, ctypes.c_int64(out.stride(0)), threads)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of a large bfloat16 weight, multiplied with one vector; 0 where nothing is compiled."""
+    library = kernels(torch.bfloat16)
+    if library is None:
+        return 0.0
+    rows, columns = _LARGE
+    weight = torch.ones(rows, columns, dtype=torch.bfloat16)
+    by, x = Linear(weight.data_ptr(), None, rows, columns), weight[:1].clone()
+    out, found = torch.empty(1, rows, dtype=torch.float32), []
+    for _ in range(_TRIES):
+        started = time.perf_counter()
+        product(library, by, x, out)
+        found.append(time.perf_counter() - started)
+    return weight.numel() * weight.element_size() / min(found)
 
 
 class OtherProducts:
