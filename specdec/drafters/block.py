@@ -8,15 +8,15 @@ import time
 import torch
 from torch import Tensor
 
-from specdec.draft import Draft, Outlook
-from specdec.drafters.features import FeatureDrafter
-from specdec.drafters.grown import MOST_TREE_TOKENS, Trees, best, grow
+from specdec.draft import Draft
+from specdec.drafters.features import FeatureDrafter, TreesOfHead
+from specdec.drafters.grown import MOST_TREE_TOKENS, best, grow
 from specdec.errors import ConfigError
 from specdec.lm.base import CachedLM
 from specdec.lm.blocks import blocks_of
 from specdec.nn.block import BlockHead
 from specdec.sampling import is_law
-from specdec.sequences import Sequences, Step
+from specdec.sequences import Sequences
 from specdec.tree import MOST_NODES
 from specdec.verify import leading
 
@@ -103,36 +103,12 @@ class BlockDrafter(FeatureDrafter):
         return Draft(tokens, lengths, None if sequences.greedy else probs)
 
 
-class BlockTreeDrafter(BlockDrafter):
+class BlockTreeDrafter(TreesOfHead, BlockDrafter):
     """The same, but where the head is unsure it proposes several tokens; ``lengths[b]`` counts the nodes of row b's tree.
 
     One pass says what comes at every level; what follows a node differs by the bigram term. Which nodes are proposed is
     decided by their probability, not by the head's confidence. Where trees cannot be verified, it drafts chains.
     """
-
-    drafts_trees = True
-    most_draft_tokens = MOST_TREE_TOKENS
-
-    def __init__(self, head: BlockHead, target: CachedLM, *, least_survival: float = LEAST_SURVIVAL) -> None:
-        super().__init__(head, target, least_survival=least_survival)
-        self.trees = Trees()
-
-    @classmethod
-    def of(cls, drafter: BlockDrafter) -> BlockTreeDrafter:
-        """In place of ``drafter``, whose head and memory it takes over."""
-        found = cls.__new__(cls)
-        vars(found).update(vars(drafter), trees=Trees())
-        return found
-
-    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
-        return self.trees.outlook(sequences, most)
-
-    def observe(self, step: Step) -> None:
-        self.trees.observe(step)
-
-    def free(self, rows: int) -> None:
-        super().free(rows)
-        self.trees.free(rows)
 
     def _draft(self, sequences: Sequences, lengths: list[int]) -> Draft:
         if not sequences.takes_trees or max(lengths) <= 1:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specdec.draft import Draft, Outlook
-from specdec.drafters.features import FeatureDrafter
-from specdec.drafters.grown import DEEPEST, MOST_TREE_TOKENS, Trees, best, grow
+from specdec.draft import Draft
+from specdec.drafters.features import FeatureDrafter, TreesOfHead
+from specdec.drafters.grown import DEEPEST, MOST_TREE_TOKENS, best, grow
 from specdec.errors import ConfigError
 from specdec.lm.base import CachedLM
 from specdec.nn.eagle3 import Eagle3Head
 from specdec.nn.packed import pack_linears
 from specdec.sampling import is_law
-from specdec.sequences import Sequences, Step
+from specdec.sequences import Sequences
 from specdec.tree import MOST_NODES, Branches
 from specdec.verify import leading
 
@@ -106,35 +106,11 @@ class Eagle3Drafter(FeatureDrafter):
         return Draft(tokens, allowed.minimum(sound), None if sequences.greedy else torch.cat(laws, dim=1))
 
 
-class Eagle3TreeDrafter(Eagle3Drafter):
+class Eagle3TreeDrafter(TreesOfHead, Eagle3Drafter):
     """The same, but where the head is unsure it proposes several tokens; ``lengths[b]`` counts the nodes of row b's tree.
 
     Where trees cannot be verified, it drafts chains.
     """
-
-    drafts_trees = True
-    most_draft_tokens = MOST_TREE_TOKENS
-
-    def __init__(self, head: Eagle3Head, target: CachedLM) -> None:
-        super().__init__(head, target)
-        self.trees = Trees()
-
-    @classmethod
-    def of(cls, drafter: Eagle3Drafter) -> Eagle3TreeDrafter:
-        """In place of ``drafter``, whose head and memory it takes over."""
-        found = cls.__new__(cls)
-        vars(found).update(vars(drafter), trees=Trees())
-        return found
-
-    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
-        return self.trees.outlook(sequences, most)
-
-    def observe(self, step: Step) -> None:
-        self.trees.observe(step)
-
-    def free(self, rows: int) -> None:
-        super().free(rows)
-        self.trees.free(rows)
 
     def _chain(self, sequences: Sequences, most: list[int]) -> Draft:
         if not sequences.takes_trees or max(most) <= 1:

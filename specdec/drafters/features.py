@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from specdec.draft import Outlook
+from specdec.drafters.grown import MOST_TREE_TOKENS, Trees
 from specdec.lm.base import CachedLM
 from specdec.lm.cache import Memory, RaggedCache
 from specdec.sequences import Sequences, Step
@@ -72,3 +75,32 @@ class FeatureDrafter(ABC):
     @abstractmethod
     def _read(self, sequences: Sequences, taken: list[Tensor], begins: list[int], first: int) -> None:
         """Read features [n, F] of rows in slots ``first`` and on, whose first token is at place ``begins[b]``."""
+
+
+class TreesOfHead(FeatureDrafter):
+    """Goes before a chain drafter among the bases of one that proposes trees: ``lengths[b]`` counts nodes of row b's."""
+
+    drafts_trees = True
+    most_draft_tokens = MOST_TREE_TOKENS
+
+    def __init__(self, *given: Any, **settings: Any) -> None:
+        """Takes what the chain drafter takes."""
+        super().__init__(*given, **settings)
+        self.trees = Trees()
+
+    @classmethod
+    def of(cls, drafter: FeatureDrafter) -> Self:
+        """In place of the chain ``drafter``, whose head and memory it takes over."""
+        found = cls.__new__(cls)
+        vars(found).update(vars(drafter), trees=Trees())
+        return found
+
+    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
+        return self.trees.outlook(sequences, most)
+
+    def observe(self, step: Step) -> None:
+        self.trees.observe(step)
+
+    def free(self, rows: int) -> None:
+        super().free(rows)
+        self.trees.free(rows)
