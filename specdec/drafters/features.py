@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec.draft import Outlook
 from specdec.drafters.grown import MOST_TREE_TOKENS, Trees
 from specdec.lm.base import CachedLM
-from specdec.lm.cache import Memory, RaggedCache
+from specdec.lm.cache import Memory
 from specdec.sequences import Sequences, Step
 
 _SLACK = 16  # new features of a row that are read side by side with those of others; padding costs little up to here
@@ -25,11 +25,9 @@ class FeatureDrafter(ABC):
     anew. So the place of the first is known, and nothing of a row that is gone is left.
     """
 
-    def __init__(self, target: CachedLM, layers: tuple[int, ...], memory: Memory | None = None) -> None:
+    def __init__(self, target: CachedLM, layers: tuple[int, ...], memory: Memory) -> None:
         target.tap(layers)
-        self.target, self.layers = target, layers
-        self.cache = RaggedCache(target.dtype, target.device)
-        self._memory = self.cache if memory is None else memory
+        self.target, self.layers, self._memory = target, layers, memory
         self.forward_seconds = 0.0
         self._rows = 0  # slots that may hold something
 
@@ -65,16 +63,20 @@ class FeatureDrafter(ABC):
         begins = [self.target.lengths[slot] - count for slot, count in enumerate(counts)]
         for slot, features in enumerate(taken):
             if len(features) > _SLACK:
-                for i, part in enumerate(features.split(_PART)):
+                for i, part in enumerate(features[:-1].split(_PART)):
                     self._read(sequences, [part], [begins[slot] + i * _PART], slot)
-                taken[slot], begins[slot] = features[:0], self.target.lengths[slot]
+                taken[slot], begins[slot] = features[-1:], self.target.lengths[slot] - 1
         if any(map(len, taken)):
-            self._read(sequences, taken, begins, 0)
+            self._read_last(sequences, taken, begins)
         return counts
 
     @abstractmethod
     def _read(self, sequences: Sequences, taken: list[Tensor], begins: list[int], first: int) -> None:
         """Read features [n, F] of rows in slots ``first`` and on, whose first token is at place ``begins[b]``."""
+
+    def _read_last(self, sequences: Sequences, taken: list[Tensor], begins: list[int]) -> None:
+        """The same of all rows, of the last token at least that is new in each."""
+        self._read(sequences, taken, begins, 0)
 
 
 class TreesOfHead(FeatureDrafter):

@@ -43,7 +43,11 @@ class ModelDrafter:
         count = min(max(lengths), self.lm.context // 2)
         if count <= 0:
             return Draft.empty(len(sequences), sequences.device)
-        unread, _ = self._new_tokens(sequences, count)
+        return self.behind(sequences, lengths, count, *self._new_tokens(sequences, count))
+
+    def behind(self, sequences: Sequences, lengths: list[int], count: int, unread: Tensor, counts: list[int]) -> Draft:
+        """Up to ``count`` guesses, ``lengths[b]`` of row b, behind tokens [B, T], ``counts[b]`` of them real."""
+        self._count, self._unread = count, counts
         if sequences.only_largest:
             return self._guess(sequences, unread, count, lengths)
         tokens = torch.empty(len(sequences), count, dtype=torch.long, device=sequences.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from specdec.draft import Draft, Outlook
@@ -33,17 +35,9 @@ class TreeDrafter(ModelDrafter):
         self._read = None
         if not (sequences.takes_trees and self.lm.reads_trees) or max(lengths) <= 1:
             return super().propose(sequences, lengths)
-        most = min(max(lengths), MOST_TREE_TOKENS)
-        levels = min(DEEPEST, most, self.lm.context // 2)
+        levels = min(DEEPEST, max(lengths), self.lm.context // 2)
         unread, counts = self._new_tokens(sequences, levels)
-        logits = self.lm.append(unread, counts, last_only=True).unsqueeze(1)
-
-        def read(tokens: Tensor, parents: Tensor) -> Tensor:
-            given = [[count + place for place in own] for count, own in zip(counts, parents.tolist(), strict=True)]
-            return self.lm.append(self._own(tokens), parents=given)
-
-        nodes = grow(sequences, logits, read, levels=levels, most=most, room=MOST_NODES - max(counts))
-        draft, self._read = best(sequences, nodes, lengths, most)
+        draft, self._read = behind(self.lm, self._own, sequences, lengths, levels, unread, counts)
         return draft
 
     def observe(self, step: Step) -> None:
@@ -62,3 +56,22 @@ class TreeDrafter(ModelDrafter):
     def free(self, rows: int) -> None:
         super().free(rows)
         self.trees.free(rows)
+
+
+def behind(
+    lm: CachedLM, own: Callable[[Tensor], Tensor], sequences: Sequences, lengths: list[int], levels: int,
+    unread: Tensor, counts: list[int],
+) -> tuple[Draft, list[list[int]]]:  # fmt: skip
+    """Trees of up to ``lengths[b]`` nodes behind tokens [B, T], ``counts[b]`` of them real, all as ``lm`` guesses them.
+
+    ``own`` makes the model's ids of the target's. And where each node was read among the row's, -1 if it was not.
+    """
+    most = min(max(lengths), MOST_TREE_TOKENS)
+    logits = lm.append(unread, counts, last_only=True).unsqueeze(1)
+
+    def read(tokens: Tensor, parents: Tensor) -> Tensor:
+        given = [[count + place for place in nodes] for count, nodes in zip(counts, parents.tolist(), strict=True)]
+        return lm.append(own(tokens), parents=given)
+
+    nodes = grow(sequences, logits, read, levels=levels, most=most, room=MOST_NODES - max(counts))
+    return best(sequences, nodes, lengths, most)

@@ -205,6 +205,10 @@ class CachedLM(ABC):
         """The model's own embeddings [..., H] of tokens [...], for drafters that share them; where ``tap`` works."""
         raise NotImplementedError(f"{type(self).__name__} has no features")
 
+    def embedding(self) -> Tensor:
+        """The matrix [V, H] of what ``embed`` gives."""
+        return self.embed(torch.arange(self.vocab_size, device=self.device))
+
     def project(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] that the model's own head makes of hidden states [..., H]; where ``tap`` works."""
         raise NotImplementedError(f"{type(self).__name__} has no features")

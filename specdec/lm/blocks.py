@@ -13,7 +13,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec.lm.cache import Memory, RaggedCache
@@ -73,27 +72,6 @@ class _BothWays:
         self.bias = zeros.masked_fill_(~is_seen, float("-inf")).unsqueeze(1)
 
 
-class _Product(nn.Module):
-    """A linear layer by nn/cpu.c, which any number of rows costs what they are; results are float32."""
-
-    def __init__(self, library: ctypes.CDLL, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.detach()
-        (self.out_features, self.in_features), step = weight.shape, cpu.pair(weight.dtype)
-        self.library, self.packed = library, cpu.pack(weight)
-        self.bias = None if linear.bias is None else F.pad(linear.bias.detach().float(), (0, cpu.pad(1)))
-        self.by = cpu.Linear(
-            self.packed.data_ptr(), None if self.bias is None else self.bias.data_ptr(),
-            cpu.pad(self.out_features), cpu.pad(self.in_features, step),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = F.pad(x.reshape(-1, self.in_features), (0, self.by.k - self.in_features)).contiguous()
-        out = torch.empty(len(flat), self.by.n)
-        cpu.product(self.library, self.by, flat, out)
-        return out[:, : self.out_features].unflatten(0, x.shape[:-1])
-
-
 class CompiledBlocks(CpuLM):
     """Passes of nn/cpu.c: the head's layers are those of a ``GPT``, whose input are embeddings that each pass brings.
 
@@ -109,7 +87,7 @@ class CompiledBlocks(CpuLM):
         super().__init__(shell)
         head.blocks = nn.ModuleList()  # the packed ones are enough
         for name in ("fuse", "to_context", "markov_out", "confidence"):
-            setattr(head, name, _Product(self._library, getattr(head, name)))
+            setattr(head, name, cpu.CompiledLinear(self._library, getattr(head, name)))
         self.head, size = head, head.config.head_dim
         self._queries, self._keys = head.config.num_attention_heads * size, head.config.num_key_value_heads * size
         self._inputs = torch.empty(0, head.config.block_size, head.config.hidden_size, dtype=self.dtype)

@@ -169,11 +169,13 @@ class CpuLM(PagedLM):
         started = time.perf_counter()
         lengths = [length + more for length, more in zip(self.lengths[:rows], self._pending, strict=False)]
         self._extend(lengths, [more + count - 1 for more in counts], 0)
-        first = self._described(_flat(tokens, lengths, counts), 0, True)
+        read = _flat(tokens, lengths, counts)
+        first = self._described(read, 0, True)
         following = self._described(_flat(tokens[:, :1], lengths, [1] * rows), 0, True)
         logits = torch.empty(rows, self._packed.head.n, dtype=torch.float32)
         chosen = torch.empty(rows, count, dtype=torch.long)
         self._check(first)
+        self._enter(read, 0)
         number = self._library.chain(
             ctypes.byref(first), ctypes.byref(following), self._packed.reference, ctypes.c_int64(count),
             ctypes.c_int64(min(choices, self.vocab_size)), ctypes.c_void_p(logits.data_ptr()),
@@ -237,11 +239,15 @@ class CpuLM(PagedLM):
         described.taps, described.tapped = len(self._tapped), self._tapped.ctypes.data
         described.features = outputs.data_ptr()
         self._check(described)
+        self._enter(read, first)
         if self._others is not None and count >= self._others.least_tokens:
             self._others.forward(described, self._packed, *self._scratch)
         else:
             self._library.forward(ctypes.byref(described), self._packed.reference)
         return self._scratch[1][:count, : cpu.pad(self._packed.hidden)], outputs
+
+    def _enter(self, read: Tokens, first: int) -> None:
+        """A pass over these tokens, of slots ``first`` and on, begins."""
 
     def _check(self, described: cpu.Pass) -> None:
         if not self._library.readable(ctypes.byref(described), self._packed.reference):
@@ -292,6 +298,9 @@ class CpuLM(PagedLM):
 
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.embedding(tokens, self._embedding)
+
+    def embedding(self) -> Tensor:
+        return self._embedding
 
     def project(self, hidden: Tensor) -> Tensor:
         return self._head(torch.nn.functional.pad(hidden, (0, cpu.pad(self._packed.hidden) - hidden.shape[-1])))

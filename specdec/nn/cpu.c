@@ -43,6 +43,9 @@ typedef struct {
     const float *norm;
     Linear head;
     const Layer *layer;
+    /* Of a model that reads each token beside a hidden state, which pass->x holds: its norm. NULL for others */
+    const float *hidden_norm;
+    int64_t keeps_norm; /* the residual stream begins with the normed hidden state */
 } Model;
 
 INLINE int64_t pad(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
@@ -245,18 +248,41 @@ static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx,
 
 /* --- the rest of a block */
 
-/* h[m] = x[m] / rms(x[m]) * weight */
+/* h = x / rms(x) * weight, which x becomes as well where it `keeps` it */
+INLINE void norm_one(const Model *model, float *x, const float *weight, elem *h, int keeps) {
+    int64_t hidden = model->hidden, ldx = pad(hidden);
+    vec squares = {0};
+    for (int64_t i = 0; i < ldx; i += LANES) squares += *(const vec *)(x + i) * *(const vec *)(x + i);
+    float scale = 1.0f / sqrtf(total(squares) / hidden + model->eps);
+    for (int64_t i = 0; i < hidden; i += LANES) {
+        vec normed = *(const vec *)(x + i) * scale * *(const vec *)(weight + i);
+        store_some(h + i, normed, hidden - i);
+        if (keeps) *(vec *)(x + i) = normed;
+    }
+}
+
+/* h[m] = x[m], normed */
 static void norm(const Pass *pass, const Model *model, const float *weight) {
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < pass->tokens; m++)
+        norm_one(model, pass->x + m * pad(model->hidden), weight, pass->h + m * pass->ld_h, 0);
+}
+
+INLINE void embed_one(const Model *model, int64_t id, float *x) {
+    for (int64_t i = 0; i < pad(model->hidden); i++)
+        x[i] = i < model->hidden ? widen(model->embedding[id * model->hidden + i]) : 0;
+}
+
+/* h[m] = the token's embedding and the hidden state that it is read beside, each of them normed */
+static void fuse(const Pass *pass, const Model *model) {
     int64_t hidden = model->hidden, ldx = pad(hidden);
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < pass->tokens; m++) {
-        const float *x = pass->x + m * ldx;
-        vec squares = {0};
-        for (int64_t i = 0; i < ldx; i += LANES) squares += *(const vec *)(x + i) * *(const vec *)(x + i);
-        float scale = 1.0f / sqrtf(total(squares) / hidden + model->eps);
+        float embedded[ldx];
         elem *h = pass->h + m * pass->ld_h;
-        for (int64_t i = 0; i < hidden; i += LANES)
-            store_some(h + i, *(const vec *)(x + i) * scale * *(const vec *)(weight + i), hidden - i);
+        embed_one(model, pass->ids[m], embedded);
+        norm_one(model, embedded, model->layer->input_norm, h, 0);
+        norm_one(model, pass->x + m * ldx, model->hidden_norm, h + hidden, model->keeps_norm);
     }
 }
 
@@ -424,11 +450,8 @@ static void note(const Pass *pass, const Model *model, int64_t number) {
 }
 
 static void embed(const Pass *pass, const Model *model) {
-    int64_t hidden = model->hidden, ldx = pad(hidden);
 #pragma omp for schedule(static)
-    for (int64_t m = 0; m < pass->tokens; m++)
-        for (int64_t i = 0; i < ldx; i++)
-            pass->x[m * ldx + i] = i < hidden ? widen(model->embedding[pass->ids[m] * hidden + i]) : 0;
+    for (int64_t m = 0; m < pass->tokens; m++) embed_one(model, pass->ids[m], pass->x + m * pad(model->hidden));
 }
 
 /* What comes before each of a block's four products, and after the last; where the product is another library's, stages are called singly. */
@@ -436,8 +459,15 @@ enum { EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL, NOTE };
 
 static void before(const Pass *pass, const Model *model, int64_t layer, int which) {
     switch (which) {
-    case EMBED: embed(pass, model); break;
-    case QKV: norm(pass, model, model->layer[layer].input_norm); break;
+    case EMBED:
+        if (!model->hidden_norm) embed(pass, model);
+        break;
+    case QKV:
+        if (model->hidden_norm && !layer)
+            fuse(pass, model);
+        else
+            norm(pass, model, model->layer[layer].input_norm);
+        break;
     case ATTEND:
         turn_and_store(pass, model, layer);
         if (layer + 1 < model->layers || pass->last_states) attend(pass, model, layer);
@@ -524,11 +554,12 @@ static int64_t choose_largest(const void *asked, int64_t place, int64_t rows, in
 }
 
 /* Drafting: read `first`, then token by token what `choose` (0: the likeliest) finds after it; chosen [rows, count]. `next`
-   has room for one token of every row. How many were chosen; where fewer, the logits are those of the next. */
+   has room for one token of every row. How many were chosen; where fewer, the logits are those of the next. The rows'
+   latest states are left in x: beside them the next token is read where the model reads any. */
 int64_t chain(const Pass *first, const Pass *next, const Model *model, int64_t count, int64_t choices, float *logits,
               int64_t *chosen, Choose *choose, const void *asked) {
     int64_t *ids = (int64_t *)next->ids, *positions = (int64_t *)next->positions, *places = (int64_t *)next->places;
-    int64_t rows = first->rows;
+    int64_t rows = first->rows, ldx = pad(model->hidden);
     if (!choose) choose = choose_largest;
     for (int64_t i = 0; i < count; i++) {
         const Pass *pass = i ? next : first;
@@ -536,6 +567,7 @@ int64_t chain(const Pass *first, const Pass *next, const Model *model, int64_t c
         for (int64_t row = 0; row < rows && !i; row++) {
             int64_t last = first->row_begins[row + 1] - 1;
             memmove(first->h + row * first->ld_h, first->h + last * first->ld_h, first->ld_h * sizeof(elem));
+            if (model->hidden_norm) memmove(first->x + row * ldx, first->x + last * ldx, ldx * sizeof(float));
             positions[row] = first->positions[last], places[row] = first->places[last];
         }
         product(&model->head, rows, pass->h, pass->ld_h, logits, model->head.n, pass->threads);

@@ -57,6 +57,8 @@ class Model(Structure):
         ("norm", c_void_p),
         ("head", Linear),
         ("layer", POINTER(Layer)),
+        ("hidden_norm", c_void_p),
+        ("keeps_norm", c_int64),
     ]
 
 
@@ -140,7 +142,9 @@ class CpuModel:
             config.rms_norm_eps, embedding, self.vocab_size, self._floats(model.norm.weight), self.head, self.layers,
         )  # fmt: skip
         self._count()
-        self.widest_input = max(pad(self.hidden), pad(self.heads * self.head_dim), pad(self.inner))
+        self.widest_input = max(
+            pad(n) for n in (self.hidden, self.layers[0].qkv.k, self.heads * self.head_dim, self.inner)
+        )
         self.widest_output = max(self.layers[0].qkv.n, self.layers[0].gate_up.n + LANES)
 
     def view(self, layers: Sequence[int], *, in_bytes: bool = False) -> CpuModel:
@@ -160,6 +164,10 @@ class CpuModel:
         view.struct = Model(**{**own, "layers": len(layers), "head": view.head, "layer": view.layers})
         view._count()
         return view
+
+    def read_beside(self, norm: nn.RMSNorm, *, keeps_norm: bool) -> None:
+        """From now on every token is read beside a hidden state, which takes ``norm``: an EAGLE-3 head's way."""
+        self.struct.hidden_norm, self.struct.keeps_norm = self._floats(norm.weight), keeps_norm
 
     def _count(self) -> None:
         self.reference = ctypes.byref(self.struct)
@@ -202,6 +210,27 @@ def product(library: ctypes.CDLL, by: Linear, x: Tensor, out: Tensor) -> None:
     pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0)), ctypes.c_void_p(out.data_ptr())
     threads = ctypes.c_int64(threads_for(len(x) * by.n * by.k))
     library.product(ctypes.byref(by), ctypes.c_int64(len(x)), *pointers, ctypes.c_int64(out.stride(0)), threads)
+
+
+class CompiledLinear(nn.Module):
+    """A linear layer on ``product``, which any number of rows costs what they are; results are float32."""
+
+    def __init__(self, library: ctypes.CDLL, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        (self.out_features, self.in_features), step = weight.shape, pair(weight.dtype)
+        self.library, self.packed = library, pack(weight)
+        self.bias = None if linear.bias is None else nn.functional.pad(linear.bias.detach().float(), (0, pad(1)))
+        self.by = Linear(
+            self.packed.data_ptr(), None if self.bias is None else self.bias.data_ptr(),
+            pad(self.out_features), pad(self.in_features, step),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = nn.functional.pad(x.reshape(-1, self.in_features), (0, self.by.k - self.in_features)).contiguous()
+        out = torch.empty(len(flat), self.by.n)
+        product(self.library, self.by, flat, out)
+        return out[:, : self.out_features].unflatten(0, x.shape[:-1])
 
 
 def read_bandwidth() -> float:

@@ -276,7 +276,7 @@ def test_a_pass_reads_nothing_twice_and_does_not_depend_on_the_length_asked_for(
         lm = NativeLM(gpt())
         drafter = Counting(trained(), lm, least_survival=0)
         text = Engine(lm, drafter).generate([PROMPTS[2]], max_new_tokens=30, num_draft_tokens=length).token_ids
-        assert sum(drafter.read) <= len(PROMPTS[2]) + 30 and drafter.read[0] == len(PROMPTS[2]) - 1
+        assert sum(drafter.read) <= len(PROMPTS[2]) + 30 and sum(drafter.read[:2]) == len(PROMPTS[2]) - 1
         found.append((text, drafter.records[0][1]))
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
 
@@ -288,7 +288,7 @@ def test_what_a_target_remembers_of_a_prompt_it_reads_again_for_its_features() -
     for _ in range(2):
         drafter = Counting(trained(), lm)
         Engine(lm, drafter).generate([prompt], max_new_tokens=4, num_draft_tokens=2)
-        assert drafter.read[0] == len(prompt) - 1 and furthest(drafter.records) < 1e-4
+        assert sum(drafter.read[:2]) == len(prompt) - 1 and furthest(drafter.records) < 1e-4
 
 
 class Drafting(Recording):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -19,8 +21,12 @@ from specdec.drafters.eagle3 import Eagle3Drafter, usual_layers
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import ConfigError
+from specdec.lm import fused
 from specdec.lm.base import CachedLM
+from specdec.lm.cpu import Tokens
+from specdec.lm.fused import CompiledFused, FusedLM, TorchFused, fused_lm
 from specdec.lm.native import NativeLM
+from specdec.nn.cpu import kernels
 from specdec.nn.eagle3 import Eagle3Head
 from specdec.sequences import Sequences
 from test_law import ALPHA, ONE, TARGET, UNEQUAL, VOCAB, Kind, alarm
@@ -42,39 +48,47 @@ def trained() -> Eagle3Head:
     return trained_head(gpt(), written(), 40, steps=STEPS)
 
 
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any) -> None:
+        raise LookupError("planted")
+
+    monkeypatch.setattr(fused, "CompiledFused", refuse)
+
+
+WAYS = ["compiled", "torch"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the head is run."""
+    if request.param == "torch":
+        without_compiler(monkeypatch)
+    elif kernels(torch.float32) is None:
+        pytest.skip("nothing is compiled here")
+    return str(request.param)
+
+
 class Recording(Eagle3Drafter):
-    """Notes every draft: the window's text with what was drafted, how much of it, and the hidden states."""
+    """Notes every draft: the window's text with what was drafted, how much of it, and the laws."""
 
     def __init__(self, head: Eagle3Head, target: CachedLM) -> None:
         super().__init__(head, target)
         self.records: list[tuple[list[int], int, Tensor]] = []
 
-    def _chain(self, sequences: Sequences, most: list[int]) -> Draft:
-        self._states = [self._hidden[: len(sequences)].clone()]
-        draft = super()._chain(sequences, most)
-        states = torch.stack(self._states, dim=1)
+    def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
+        draft = super().propose(sequences, lengths)
         for slot, row in enumerate(sequences.rows):
-            if most[slot]:
+            if draft.probs is not None and draft.lengths[slot]:
                 text = row.tokens[self.target.starts[slot] :] + draft.tokens[slot].tolist()
-                self.records.append((text, draft.tokens.shape[1], states[slot]))
+                self.records.append((text, draft.tokens.shape[1], draft.probs[slot]))
         return draft
-
-    def _pass(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        found = super()._pass(tokens, hidden)
-        if getattr(self, "_states", None):
-            self._states.append(found[:, 0])
-        return found
-
-    def _read(self, sequences: Sequences, taken: list[Tensor], begins: list[int], first: int) -> None:
-        self._states = []
-        super()._read(sequences, taken, begins, first)
 
 
 # What the engine writes.
 
 
 @pytest.mark.parametrize("target", list(TARGETS))
-def test_greedy_text_is_the_targets_own(target: str) -> None:
+def test_greedy_text_is_the_targets_own(target: str, way: str) -> None:
     lm = TARGETS[target]()
     engine = Engine(lm, Eagle3Drafter(trained(), lm))
     plain = Engine(TARGETS[target]()).generate(PROMPTS, max_new_tokens=BUDGETS)
@@ -88,7 +102,7 @@ def test_greedy_text_is_the_targets_own(target: str) -> None:
     assert not any(lm.lengths)
 
 
-def test_samples_of_the_coupled_rule_are_plain_samples() -> None:
+def test_samples_of_the_coupled_rule_are_plain_samples(way: str) -> None:
     given = {"max_new_tokens": BUDGETS, "temperature": [0.7, 1.0, 0.0, 1.3] * 2, "seed": 3, "rule": "coupled"}
     plain = Engine(native(gpt())).generate(PROMPTS, **given)
     lm = native(gpt())
@@ -110,17 +124,17 @@ def test_training_raises_the_mean_acceptance_length() -> None:
 
 
 def furthest(records: list[tuple[list[int], int, Tensor]]) -> float:
-    """The largest difference between recorded hidden states and those of one training pass over the text."""
+    """The largest difference between recorded laws and those of one training pass over the text."""
     worst = 0.0
     head = trained()
-    for text, drafted, states in records:
+    for text, drafted, laws in records:
         count = len(text) - drafted - 1  # places whose features are known
         tokens = torch.tensor([[*text, *[0] * STEPS][: count + STEPS]])
         features, _ = features_of(gpt(), head.layers, tokens)
         features[:, count:] = 1e3  # of the last token nothing may be known
         with torch.no_grad():
-            expected = torch.stack([step[0, -1] for step in head.unrolled(tokens, features)])
-        worst = max(worst, float((expected[:drafted] - states).abs().max()))
+            expected = torch.stack([head.logits(step[0, -1]).softmax(-1) for step in head.unrolled(tokens, features)])
+        worst = max(worst, float((expected[:drafted] - laws).abs().max()))
     return worst
 
 
@@ -134,10 +148,26 @@ def run(lm: CachedLM) -> list[tuple[list[int], int, Tensor]]:
 
 
 @pytest.mark.parametrize("target", list(TARGETS))
-def test_a_drafting_pass_is_a_training_pass(target: str) -> None:
+def test_a_drafting_pass_is_a_training_pass(target: str, way: str) -> None:
     records = run(TARGETS[target]())
     assert len(records) > 60 and len({len(text) for text, _, _ in records}) > 25
     assert furthest(records) < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{"norm_before_residual": False}, {"norm_before_fc": True}, {"norm_output": True}])
+def test_every_variant_drafts_as_it_is_trained(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    head = trained_head(gpt(), written(), 20, steps=STEPS, **changes)
+    monkeypatch.setattr(sys.modules[__name__], "trained", lambda: head)
+    records = run(native(gpt()))
+    assert (
+        isinstance(fused_lm(copy.deepcopy(head).share(*sharing()), native(gpt())), TorchFused)
+        == head.config.norm_output
+    )
+    assert len(records) > 60 and furthest(records) < 1e-4
+
+
+def sharing() -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    return gpt().embed_tokens, gpt().lm_head
 
 
 class Resting(Recording):
@@ -150,64 +180,86 @@ class Resting(Recording):
         return super().propose(sequences, lengths if self.turn % 3 == 0 else [0] * len(lengths))
 
 
-def test_windows_that_slide_and_pauses_leave_nothing_behind() -> None:
+def slide(kind: type[Recording]) -> list[tuple[list[int], int, Tensor]]:
+    """Rows outgrow the context, so that the target reads them anew."""
     lm = NativeLM(tiny_gpt(0, layers=3, context=24))
-    for kind in (Recording, Resting):
-        drafter = kind(trained(), lm)
-        given = {"max_new_tokens": 60, "context": "slide"}
-        output = Engine(lm, drafter).generate(PROMPTS[:4], max_batch_size=3, num_draft_tokens=4, **given)
-        assert output.token_ids == Engine(lm).generate(PROMPTS[:4], **given).token_ids
-        assert len(drafter.records) > 30 and max(len(text) - count for text, count, _ in drafter.records) <= 24
-        assert furthest(drafter.records) < 1e-4
+    drafter = kind(trained(), lm)
+    given = {"max_new_tokens": 60, "context": "slide", "temperature": 1.0, "seed": 1, "rule": "coupled"}
+    output = Engine(lm, drafter).generate(PROMPTS[:4], max_batch_size=3, num_draft_tokens=4, **given)
+    assert output.token_ids == Engine(lm).generate(PROMPTS[:4], **given).token_ids
+    return drafter.records
 
 
-def late_tokens(self: Eagle3Drafter, tokens: Tensor, hidden: Tensor) -> Tensor:
+@pytest.mark.parametrize("kind", [Recording, Resting])
+def test_windows_that_slide_and_pauses_leave_nothing_behind(kind: type[Recording], way: str) -> None:
+    records = slide(kind)
+    assert len(records) > 30 and max(len(text) - count for text, count, _ in records) <= 24
+    assert furthest(records) < 1e-4
+
+
+def late_tokens(self: FusedLM, tokens: Tensor, *given: Any, **named: Any) -> Any:
     """The token of a place is the one after the right one."""
-    return right_pass(self, tokens.roll(-1, 1) if tokens.shape[1] > 1 else tokens, hidden)
+    return right_append(self, tokens.roll(-1, 1) if tokens.shape[1] > 1 else tokens, *given, **named)
 
 
-def shifted_places(self: Eagle3Drafter, tokens: Tensor, hidden: Tensor) -> Tensor:
+def shifted_places(self: FusedLM, tokens: Tensor, lengths: list[int], first: int, **named: Any) -> Tensor:
     """A place that is drafted comes one too late."""
-    if tokens.shape[1] == 1:
-        self.cache.positions = self.cache.positions + 1
-    return right_pass(self, tokens, hidden)
+    late = [length + (self._given is None) for length in lengths]
+    return right_forward(self, tokens, late, first, **named)
 
 
-def forgetful(self: Eagle3Drafter, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """A draft begins anew at every token: what was fed back is not read."""
-    return right_pass(self, tokens, hidden * 0 if tokens.shape[1] == 1 else hidden)
+def forgetful(self: FusedLM, states: Tensor, *, is_first: bool) -> None:
+    """A draft begins anew at every token: what was put out is not read."""
+    right_put_out(self, states * 0, is_first=is_first)
 
 
-def late_features(
-    self: Eagle3Drafter, sequences: Sequences, taken: list[Tensor], begins: list[int], first: int
-) -> None:
-    right_read(self, sequences, [features.roll(1, 0) for features in taken], begins, first)
+def late_states(self: FusedLM, hidden: Tensor) -> None:
+    right_give(self, hidden.roll(1, 1))
+
+
+def shifted_states(self: CompiledFused, read: Tokens, first: int) -> None:
+    """States come one token too late."""
+    right_enter(self, read, first)
+    self._scratch[0][: len(read.ids)] = self._scratch[0][: len(read.ids)].roll(1, 0)
+
+
+def no_end(self: FusedLM, source: int, target: int, length: int | None = None) -> None:
+    """What a slot holds stays when its row is read anew."""
+    if source != target:
+        right_copy(self, source, target, length)
 
 
 def no_copy(self: Eagle3Drafter, source: int, target: int, length: int | None = None) -> None: ...
 
 
-right_pass, right_read = Eagle3Drafter._pass, Eagle3Drafter._read
-WRONG: dict[str, tuple[str, Callable[..., Any]]] = {
-    "tokens beside features": ("_pass", late_tokens),
-    "places of a draft": ("_pass", shifted_places),
-    "hidden states fed back": ("_pass", forgetful),
-    "features beside tokens": ("_read", late_features),
-    "rows that move": ("copy", no_copy),
+right_append, right_forward, right_put_out = FusedLM.append, TorchFused._forward, FusedLM._put_out
+right_give, right_copy, right_enter = FusedLM.give, FusedLM.copy, CompiledFused._enter
+WRONG: dict[str, tuple[list[str], Any, str, Callable[..., Any]]] = {
+    "tokens beside features": (["torch"], FusedLM, "append", late_tokens),
+    "places of a draft": (["torch"], TorchFused, "_forward", shifted_places),
+    "hidden states fed back": (["torch"], FusedLM, "_put_out", forgetful),
+    "features beside tokens": (WAYS, FusedLM, "give", late_states),
+    "states of a compiled pass": (["compiled"], CompiledFused, "_enter", shifted_states),
+    "rows that are read anew": (WAYS, FusedLM, "copy", no_end),
+    "rows that move": (WAYS, Eagle3Drafter, "copy", no_copy),
 }
 
 
 @pytest.mark.parametrize("wrong", list(WRONG))
-def test_the_test_notices_a_wrong_pass(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Eagle3Drafter, *WRONG[wrong])
-    assert furthest(run(NativeLM(gpt()))) > 1e-2
+def test_the_test_notices_a_wrong_pass(wrong: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways, *planted = WRONG[wrong]
+    if way not in ways:
+        pytest.skip(f"not done when {way}")
+    monkeypatch.setattr(*planted)
+    assert furthest(slide(Recording) if "anew" in wrong else run(NativeLM(gpt()))) > 1e-2
 
 
-def test_long_prompts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_read_in_parts(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, prompt = native(gpt()), (torch.arange(150) * 7 % 61).tolist()
     drafter = Recording(trained(), lm)
     monkeypatch.setattr("specdec.drafters.features._PART", 40)
-    Engine(lm, drafter).generate([prompt, prompt[:100]], max_new_tokens=6, num_draft_tokens=3)
+    given = {"max_new_tokens": 6, "temperature": 1.0, "seed": 0}
+    Engine(lm, drafter).generate([prompt, prompt[:100]], num_draft_tokens=3, **given)
     assert len(drafter.records) > 3 and furthest(drafter.records) < 1e-4
 
 
@@ -314,6 +366,7 @@ def test_past_its_own_context_a_head_guesses_nothing() -> None:
     head.config.decoder.max_position_embeddings = 20
     lm = native(gpt())
     drafter = Recording(head, lm)
-    output = Engine(lm, drafter).generate(PROMPTS[:2], max_new_tokens=60, num_draft_tokens=4)
-    assert output.token_ids == Engine(native(gpt())).generate(PROMPTS[:2], max_new_tokens=60).token_ids
+    given = {"max_new_tokens": 60, "temperature": 1.0, "seed": 0, "rule": "coupled"}
+    output = Engine(lm, drafter).generate(PROMPTS[:2], num_draft_tokens=4, **given)
+    assert output.token_ids == Engine(native(gpt())).generate(PROMPTS[:2], **given).token_ids
     assert 15 < max(len(text) - count for text, count, _ in drafter.records) <= 20

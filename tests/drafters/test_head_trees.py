@@ -16,15 +16,18 @@ from torch import Tensor
 
 from block_toys import features_of
 from specdec import Draft, Engine, load
-from specdec.drafters import eagle3
 from specdec.drafters.block import BlockDrafter, BlockTreeDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3TreeDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import ConfigError
+from specdec.lm import base
 from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
+from specdec.lm.cpu import Tokens
 from specdec.lm.features import Features
+from specdec.lm.fused import CompiledFused, FusedLM
 from specdec.lm.native import NativeLM
+from specdec.nn.cpu import kernels
 from specdec.sequences import Sequences, Step
 from specdec.tree import Branches
 from test_law import ALPHA, ONE, UNEQUAL, alarm
@@ -102,10 +105,10 @@ class Watched:
 
 def law_after(kind: str, text: list[int], way: list[int]) -> Tensor:
     """What the head, in one training pass over the text, says of the token after ``way``."""
-    head: Any = test_eagle3.trained() if kind == "eagle3" else test_block.trained()
+    head: Any = test_eagle3.trained() if "eagle3" in kind else test_block.trained()
     count = len(text) - 1  # places whose features are known
     rest = [*way, *[0] * 8]
-    if kind == "eagle3":
+    if "eagle3" in kind:
         tokens = torch.tensor([[*text, *rest][: count + test_eagle3.STEPS]])
         features, _ = features_of(gpt(), head.layers, tokens)
         features[:, count:] = 1e3  # of the last token nothing may be known
@@ -137,7 +140,9 @@ def furthest(kind: str, watched: Watched) -> tuple[float, int]:
 
 def run(kind: str) -> Watched:
     """Rows come, go, move into holes and share prompts."""
-    lm = native(gpt())
+    if kind in ("eagle3", "block") and kernels(torch.float32) is None:
+        pytest.skip("nothing is compiled here")
+    lm, kind = native(gpt()), kind.removesuffix(" on torch")
     drafter = KINDS[kind](lm)
     watched, engine = Watched(drafter), Engine(lm, drafter)
     given = {"max_batch_size": 3, "temperature": 1.0, "seed": 2, "rule": "rejection"}
@@ -146,8 +151,10 @@ def run(kind: str) -> Watched:
     return watched
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_a_node_is_guessed_as_in_training(kind: str) -> None:
+@pytest.mark.parametrize("kind", [*KINDS, "eagle3 on torch"])
+def test_a_node_is_guessed_as_in_training(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind.endswith("on torch"):
+        test_eagle3.without_compiler(monkeypatch)
     worst, seen = furthest(kind, run(kind))
     assert worst < 1e-4 and seen > 100
 
@@ -165,12 +172,17 @@ def _wrong_positions(cache: RaggedCache, *given: Any, **named: Any) -> None:
         cache.positions = cache.positions + 1
 
 
+def _wrong_depths(lm: CompiledFused, read: Tokens, lengths: Any, first: int) -> Tokens:
+    found = right_nodes(lm, read, lengths, first)
+    return found._replace(positions=found.positions + 1)
+
+
 def _wrong_path(features: Features, slot: int, path: Any) -> None:
     right_keep(features, slot, range(len(path)))
 
 
-def _wrong_hidden(drafter: Eagle3TreeDrafter, tokens: Tensor, hidden: Tensor) -> Tensor:
-    return right_pass(drafter, tokens, hidden.roll(1, 1))
+def _wrong_states(lm: FusedLM, rows: int, width: int) -> Tensor:
+    return right_beside(lm, rows, width).roll(1, 1)
 
 
 def _wrong_tokens(head: Any, before: Tensor) -> Tensor:
@@ -178,12 +190,14 @@ def _wrong_tokens(head: Any, before: Tensor) -> Tensor:
     return found
 
 
-right_begin, right_keep = RaggedCache.begin, Features.keep
-right_pass, right_correction = Eagle3TreeDrafter._pass, test_block.BlockHead.correction
+right_begin, right_keep, right_nodes = RaggedCache.begin, Features.keep, CompiledFused._as_nodes
+right_beside, right_correction = FusedLM._beside, test_block.BlockHead.correction
 WRONG: list[tuple[str, Any, str, Callable[..., Any]]] = [
-    ("eagle3", eagle3, "Branches", WrongBranches),
-    ("eagle3", RaggedCache, "begin", _wrong_positions),
-    ("eagle3", Eagle3TreeDrafter, "_pass", _wrong_hidden),
+    ("eagle3", base, "Branches", WrongBranches),
+    ("eagle3", CompiledFused, "_as_nodes", _wrong_depths),
+    ("eagle3 on torch", base, "Branches", WrongBranches),
+    ("eagle3 on torch", RaggedCache, "begin", _wrong_positions),
+    ("eagle3", FusedLM, "_beside", _wrong_states),
     ("eagle3", Features, "keep", _wrong_path),
     ("block", Features, "keep", _wrong_path),
     ("block", test_block.BlockHead, "correction", _wrong_tokens),
@@ -195,6 +209,8 @@ def test_a_wrong_tree_is_seen(
     kind: str, owner: Any, name: str, wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as planted:
+        if kind.endswith("on torch"):
+            test_eagle3.without_compiler(planted)
         planted.setattr(owner, name, wrong)
         watched = run(kind)
     assert furthest(kind, watched)[0] > 1e-2
