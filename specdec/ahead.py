@@ -41,10 +41,13 @@ class Ahead:
         model, unread = None, [1] * len(sequences)
         if drafts:
             model = _chain_model(drafter, sequences, lengths, rule)
+            if model is None:
+                return None
             most = min(most, _MOST_UNSEEN) if model is not drafter else most
-            longest = max(lengths) + 1
-            found = None if model is None else model.unread(sequences, min(most * longest, max(limits) + longest))
-            if found is None:
+            longest, room = max(lengths) + 1, model.room(sequences)
+            most = min(most, room // longest) if max(limits) + longest > room else most
+            found = model.unread(sequences)
+            if found is None or most < 2:
                 return None
             unread = found
         seeds, starts = sequences.keys_here

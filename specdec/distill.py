@@ -29,7 +29,7 @@ from specdec.engine import Engine
 from specdec.errors import ConfigError, ModelError
 from specdec.lm.base import CachedLM
 from specdec.lm.native import native_lm
-from specdec.machine import fast_dtype
+from specdec.machine import batch_rows, fast_dtype
 from specdec.nn.divergences import DIVERGENCES
 from specdec.nn.gpt import GPT
 from specdec.training import checkpoint as files
@@ -123,13 +123,14 @@ class Distillation:
         self.folder, self.report_file = (out.with_name(f"{out.name}-{what}") for what in ("checkpoints", REPORT))
         self.target_lm: CachedLM = load_lm(target)
         self.device = self.target_lm.device
+        self.batch_rows = settings.rows or batch_rows(self.device)
         torch.manual_seed(settings.seed)
         self.training = self._encode(corpus.training)
         vocab_size, end = self.target_lm.vocab_size, tokenizer.eos_token_id
         self.token_map = self._trimmed(vocab_size, end)
         if self.token_map is not None:
             vocab_size, end = len(self.token_map.to_target), None if end is None else self.token_map.lists[1][end]
-        self.draft = new_draft(target.config, settings.shape, vocab_size, end).to(self.device)
+        self.draft = new_draft(target.config, settings.shape, vocab_size, end, settings.context).to(self.device)
         initialised = initialise(self.draft, target, None if self.token_map is None else self.token_map.to_target)
         keep_freed_memory()
         self.optimizer = MasterAdamW(self.draft.train(), fast_dtype(self.device), weight_decay=0.01)
@@ -194,13 +195,13 @@ class Distillation:
     def given_text(self) -> tuple[Tensor, int]:
         """Windows [B, T + 1] of the training text, all of whose positions are learned."""
         settings = self.settings
-        shape = {"rows": settings.rows, "length": settings.sequence_length}
+        shape = {"rows": self.batch_rows, "length": settings.sequence_length}
         return data.batch(self.training, seed=settings.seed, step=self.step, **shape), 0
 
     def own_text(self) -> tuple[Tensor, int]:
         """Rows [B, P + N] that the target wrote after prompts of P tokens, which are not learned."""
         if not self.written:
-            self.written = list(self._write().split(self.settings.rows))
+            self.written = list(self._write().split(self.batch_rows))
         return self.written.pop(), self.settings.prompt_tokens - 1
 
     def _write(self) -> Tensor:
@@ -325,7 +326,7 @@ class Distillation:
             return
         meta, state = checkpoint.meta, checkpoint.state
         self._check_identity(meta.identity)
-        self.written = list(state.pop("written").split(self.settings.rows)) if "written" in state else []
+        self.written = list(state.pop("written").split(self.batch_rows)) if "written" in state else []
         self.optimizer.load(state)
         self.step, self.tokens, self.start = meta.step, meta.notes["tokens"], self.start - meta.seconds
         self.report.best = meta.notes["best"]

@@ -23,6 +23,7 @@ from transformers import (
 import specdec
 from specdec.distill import Distillation, distill
 from specdec.errors import ConfigError, ModelError
+from specdec.machine import batch_rows
 from specdec.nn.divergences import DIVERGENCES
 from specdec.nn.gpt import GPT
 from specdec.training.checkpoint import load_checkpoint
@@ -128,6 +129,21 @@ def test_a_draft_as_wide_as_the_target_begins_as_some_of_its_layers(
         assert torch.allclose(whole.lm_head(whole(tokens)), llama(tokens).logits, atol=1e-4)
     run = Distillation(llama, tokenizer, corpus, settings(shape="wide"), OUT)
     assert any(name.startswith("layers.0.") for name in run.report.initialised)
+
+
+@pytest.mark.parametrize(
+    ("changes", "context"),
+    [({}, 64), ({"new_tokens": 60}, 128), ({"draft_context": 100}, 100), ({"draft_context": 9999}, 256)],
+)
+def test_a_draft_reads_hardly_more_than_it_learns_from_in_a_row(
+    changes: dict[str, Any], context: int, llama: Any, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    run = Distillation(llama, tokenizer, corpus, settings(**changes), OUT)
+    assert run.draft.config.max_position_embeddings == context  # at most the target's
+
+
+def test_batches_are_small_where_that_costs_nothing() -> None:
+    assert batch_rows(torch.device("cpu")) == 1 < batch_rows(torch.device("cuda"))
 
 
 def test_what_does_not_fit_is_left_to_chance(qwen: Qwen3ForCausalLM) -> None:
@@ -257,7 +273,7 @@ def test_wrong_settings_and_divergence_are_named(
         ({"loss": "mse"}, "loss must be one of"),
         ({"on_policy": 1.5}, "on_policy must be from 0 to 1"),
         ({"max_tokens": 0}, "max_tokens must be > 0 if max_seconds is 0"),
-        ({"rows": 0}, "rows must be >= 1"),
+        ({"rows": -1}, "rows must be >= 0"),
     ]:
         with pytest.raises(ConfigError, match=match):
             settings(**changes)

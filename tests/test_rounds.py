@@ -35,7 +35,7 @@ class Counted:
     """Rounds and tokens of rows that were played, and by how many calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type[CachedLM] = CpuLM) -> None:
-        self.calls = self.rounds = self.drafted = 0
+        self.calls = self.rounds = self.drafted = self.in_windows = 0
         play = kind.play
 
         def counted(lm: CachedLM, asked: Rounds, draft: CachedLM | None) -> Played | None:
@@ -46,7 +46,8 @@ class Counted:
                     new = sum(len(tokens[b]) for tokens in played.tokens)
                     assert lm.lengths[b] == before[b] + new
                     if draft is not None and asked.drafted and new <= limit:
-                        assert lm.lengths[b] - draft.lengths[b] in (0, 1)
+                        assert lm.lengths[b] - draft.starts[b] - draft.lengths[b] in (0, 1)
+                        self.in_windows += draft.starts[b] > 0
                 self.calls, self.rounds = self.calls + 1, self.rounds + len(played.tokens)
                 self.drafted += sum(map(sum, played.drafted))
             return played
@@ -192,6 +193,7 @@ def test_a_draft_that_came_too_far_behind_reads_first(counted: Counted, single: 
     asked: dict[str, Any] = {"max_new_tokens": 60, "num_draft_tokens": 3}
     expected = single(engine, PROMPTS[:2], **asked).token_ids
     assert engine.generate(PROMPTS[:2], **asked).token_ids == expected
+    assert counted.in_windows > 4
     plain = engine.generate(PROMPTS[:2], **{**asked, "num_draft_tokens": 0})
     assert plain.token_ids == expected
     assert engine.generate(PROMPTS[:2], **{**asked, "num_draft_tokens": "auto"}).token_ids == expected

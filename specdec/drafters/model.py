@@ -83,12 +83,16 @@ class ModelDrafter:
     def free(self, rows: int) -> None:
         self.lm.free(rows)
 
-    def unread(self, sequences: Sequences, more: int) -> list[int] | None:
-        """How many tokens of each row the model has not read; None if it is far behind, or has no room for ``more``."""
-        rows = list(zip(sequences.rows, self.lm.starts, self.lm.lengths, strict=False))
-        counts = [len(row.tokens) - length for row, _, length in rows]
-        fits = all(not start and len(row.tokens) + more <= self.lm.context for row, start, _ in rows)
-        return counts if fits and max(counts) <= _SLACK + 1 and sequences.vocab_size <= self.lm.vocab_size else None
+    def room(self, sequences: Sequences) -> int:
+        """How many tokens each row may get, drafts included, before the model must begin a new window of one."""
+        ends = zip(sequences.rows, self.lm.starts, strict=False)
+        return min(start + self.lm.context - len(row.tokens) for row, start in ends)
+
+    def unread(self, sequences: Sequences) -> list[int] | None:
+        """How many tokens of each row the model has not read; None if it is far behind, or knows too few ids."""
+        rows = zip(sequences.rows, self.lm.starts, self.lm.lengths, strict=False)
+        counts = [len(row.tokens) - start - length for row, start, length in rows]
+        return counts if max(counts) <= _SLACK + 1 and sequences.vocab_size <= self.lm.vocab_size else None
 
     def _new_tokens(self, sequences: Sequences, count: int) -> tuple[Tensor, list[int]]:
         """Every row's unread text, padded to [B, T], and how many tokens it has; the rest has been read. Not on a GPU."""

@@ -24,6 +24,9 @@ class DistillSettings:
     teacher_entries: how many of the target's probabilities to keep per position, 0 for all.
     on_policy: share of the budget spent, at the end, on text of the target.
     draft_vocab_size: how many tokens the draft knows: the most frequent of the training text, one for all others; 0: all.
+    rows: of a batch, ``sequence_length`` tokens each; 0 for few (``batch_rows``): many small updates teach most.
+    draft_context: the most tokens that the draft reads, the latest ones of a text; 0 for hardly more than it learns from
+    in a row, as it has never seen places further on.
     patience: evaluations without a rise of the accepted length that end the run; 0 never does.
     """
 
@@ -35,8 +38,8 @@ class DistillSettings:
     on_policy: float = 0.5
     max_tokens: int = 0
     max_seconds: float = 0.0
-    rows: int = 4
-    sequence_length: int = 256
+    rows: int = 0
+    sequence_length: int = 64
     prompt_tokens: int = 64
     new_tokens: int = 128
     prompts_per_round: int = 32
@@ -46,6 +49,7 @@ class DistillSettings:
     patience: int = 4
     seed: int = 0
     draft_vocab_size: int = 0
+    draft_context: int = 0
 
     def __post_init__(self) -> None:
         losses = [*DIVERGENCES, "cross_entropy"]
@@ -53,15 +57,21 @@ class DistillSettings:
         _allowed("loss", self.loss, self.loss in losses, f"one of {', '.join(losses)}")
         _allowed("on_policy", self.on_policy, 0 <= self.on_policy <= 1, "from 0 to 1")
         _allowed("learning_rate", self.learning_rate, 0 < self.learning_rate < 1, "between 0 and 1")
-        for name in ("draft_tokens", "rows", "prompt_tokens", "new_tokens", "prompts_per_round", "evaluation_prompts"):
+        for name in ("draft_tokens", "prompt_tokens", "new_tokens", "prompts_per_round", "evaluation_prompts"):
             _allowed(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
-        for name in ("max_tokens", "max_seconds", "teacher_entries", "patience"):
+        for name in ("max_tokens", "max_seconds", "teacher_entries", "patience", "rows", "draft_context"):
             _allowed(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
         _allowed("max_tokens", self.max_tokens, self.max_tokens or self.max_seconds, "> 0 if max_seconds is 0")
         size = self.draft_vocab_size
         _allowed("draft_vocab_size", size, size == 0 or size >= 3, "0 or >= 3")
         _allowed("evaluate_every", self.evaluate_every, self.evaluate_every >= 1, ">= 1")
         _allowed("sequence_length", self.sequence_length, self.sequence_length >= 8, ">= 8")
+
+    @property
+    def context(self) -> int:
+        """The most tokens that the draft reads."""
+        longest = max(self.sequence_length, self.prompt_tokens + self.new_tokens)
+        return self.draft_context or 1 << (longest - 1).bit_length()
 
 
 def _allowed(name: str, value: object, condition: object, allowed: str) -> None:

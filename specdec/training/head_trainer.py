@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specdec.errors import ConfigError, ModelError
-from specdec.machine import fast_dtype
+from specdec.machine import batch_rows, fast_dtype
 from specdec.nn.gpt import GPT
 from specdec.nn.heads import FeatureHead
 from specdec.training import checkpoint as files
@@ -42,15 +42,15 @@ Model: TypeAlias = GPT | PreTrainedModel
 class HeadSettings:
     """How to train a head. Budgets: ``max_tokens`` of text, ``max_seconds``; 0 is no limit.
 
-    Batches are ``rows`` of ``sequence_length`` tokens. on_policy: share of the budget spent, at the end, on text of the
+    Batches are ``rows`` of ``sequence_length`` tokens; 0 rows for few (``batch_rows``), which teaches most. on_policy: share of the budget spent, at the end, on text of the
     target's own. evaluations: how often to decode on the way; the head that did best is kept. draft_tokens: how many
     tokens drafts of these decodes have. clip: of the gradient's norm.
     """
 
     max_tokens: int = 0
     max_seconds: float = 0.0
-    rows: int = 8
-    sequence_length: int = 256
+    rows: int = 0
+    sequence_length: int = 64
     learning_rate: float = 1e-3
     warmup: float = 0.02
     clip: float = 1.0
@@ -72,7 +72,9 @@ class HeadSettings:
             raise ConfigError(
                 f"learning_rate must be between 0 and 1 and clip >= 0, got {self.learning_rate} and {self.clip}"
             )
-        for name in ("rows", "evaluations", "evaluation_prompts", "draft_tokens", "prompt_tokens", "new_tokens"):
+        if self.rows < 0:
+            raise ConfigError(f"rows must be >= 0, got {self.rows}")
+        for name in ("evaluations", "evaluation_prompts", "draft_tokens", "prompt_tokens", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.sequence_length < 16:
@@ -180,6 +182,7 @@ class HeadTraining:
         self.make_engine = engine
         weight = next(target.parameters())
         self.device = weight.device
+        self.batch_rows = settings.rows or batch_rows(self.device)
         keep_freed_memory()
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.bfloat16) else fast_dtype(self.device)
         torch.manual_seed(settings.seed)
@@ -243,17 +246,17 @@ class HeadTraining:
     def given_text(self) -> Tensor:
         """Windows [B, T] of the training text."""
         settings = self.settings
-        shape = {"rows": settings.rows, "length": settings.sequence_length - 1}
+        shape = {"rows": self.batch_rows, "length": settings.sequence_length - 1}
         return data.batch(self.training, seed=settings.seed, step=self.step, **shape)
 
     def own_text(self) -> Tensor:
         """Rows [B, T] that begin with a prompt of the training text and go on as the target does."""
         settings = self.settings
         if not self.written:
-            count, length = max(settings.prompts_per_round, settings.rows), settings.prompt_tokens
+            count, length = max(settings.prompts_per_round, self.batch_rows), settings.prompt_tokens
             prompts = data.batch(self.training, rows=count, length=length - 1, seed=settings.seed + 1, step=self.step)
             lengths = {"new_tokens": settings.new_tokens, "draft_tokens": settings.draft_tokens}
-            self.written = list(own_text(self.engine(), prompts, seed=self.step, **lengths).split(settings.rows))
+            self.written = list(own_text(self.engine(), prompts, seed=self.step, **lengths).split(self.batch_rows))
         return self.written.pop()
 
     def engine(self) -> Engine:

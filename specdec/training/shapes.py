@@ -16,8 +16,13 @@ SHAPES = {"wide": (1.0, 0.25), "small": (0.5, 0.25), "tiny": (0.25, 0.0)}  # of 
 SHAPES["lstm"] = SHAPES["small"]  # an LSTM with as many parameters as a GPT of these sizes
 
 
-def draft_config(target: Any, shape: str, vocab_size: int, eos_token_id: int | None) -> LlamaConfig:
-    """The shape of a draft for a target with configuration ``target``; the same vocabulary and context."""
+def draft_config(
+    target: Any, shape: str, vocab_size: int, eos_token_id: int | None, context: int | None = None
+) -> LlamaConfig:
+    """The shape of a draft for a target with configuration ``target``.
+
+    It reads ``context`` tokens at most, or as many as the target where that is fewer.
+    """
     config = target.get_text_config(decoder=True)
     width, depth = SHAPES[shape]
     heads, hidden = config.num_attention_heads, config.hidden_size
@@ -30,6 +35,7 @@ def draft_config(target: Any, shape: str, vocab_size: int, eos_token_id: int | N
         heads, groups = hidden // head_dim, max(1, hidden // head_dim // 2)
         heads -= heads % groups
         intermediate = max(32, int(intermediate * width) // 32 * 32)
+    longest = int(getattr(config, "max_position_embeddings", None) or 2048)
     rope = getattr(config, "rope_parameters", None) or {}
     theta = float(rope.get("rope_theta") or 10000.0) if "rope_type" in rope else 10000.0
     return LlamaConfig(
@@ -40,7 +46,7 @@ def draft_config(target: Any, shape: str, vocab_size: int, eos_token_id: int | N
         num_key_value_heads=groups,
         head_dim=head_dim,
         intermediate_size=intermediate,
-        max_position_embeddings=int(getattr(config, "max_position_embeddings", None) or 2048),
+        max_position_embeddings=longest if context is None else min(context, longest),
         rms_norm_eps=float(getattr(config, "rms_norm_eps", None) or 1e-6),
         rope_parameters={"rope_type": "default", "rope_theta": theta},
         tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)) and width == 1,
@@ -50,9 +56,14 @@ def draft_config(target: Any, shape: str, vocab_size: int, eos_token_id: int | N
     )
 
 
-def new_draft(target: Any, shape: str, vocab_size: int, eos_token_id: int | None) -> Trainable:
-    """A draft of that shape with random weights, for a target with configuration ``target``."""
-    config = draft_config(target, shape, vocab_size, eos_token_id)
+def new_draft(
+    target: Any, shape: str, vocab_size: int, eos_token_id: int | None, context: int | None = None
+) -> Trainable:
+    """A draft of that shape with random weights, for a target with configuration ``target``.
+
+    It reads ``context`` tokens at most; an LSTM any number.
+    """
+    config = draft_config(target, shape, vocab_size, eos_token_id, context)
     if shape != "lstm":
         return GPT(config)
     with torch.device("meta"):

@@ -183,7 +183,7 @@ def test_what_cannot_be_trained_is_refused(target: Path, text: Path, tmp_path: P
         ({"max_tokens": 0}, "needs a budget"),
         ({"on_policy": 1.5}, "shares from 0 to 1, got 1.5"),
         ({"learning_rate": 0.0}, "learning_rate must be between 0 and 1"),
-        ({"rows": 0}, "rows must be >= 1, got 0"),
+        ({"rows": -1}, "rows must be >= 0, got -1"),
         ({"sequence_length": 8}, "sequence_length must be >= 16, got 8"),
     ):
         with pytest.raises(ConfigError, match=said):
