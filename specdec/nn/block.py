@@ -165,17 +165,17 @@ class BlockHead(FeatureHead):
         """What each token [V] just before a guess adds to the logit of its confidence."""
         return self.markov_confidence(self.markov_in.weight).squeeze(-1)
 
-    def loss(self, tokens: Tensor, features: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """DSpark's loss of blocks at random anchors, and figures of it.
+    def loss(self, tokens: Tensor, features: Tensor, logits: Tensor, begin: int = 0) -> tuple[Tensor, dict[str, float]]:
+        """DSpark's loss of blocks at random anchors from token number ``begin`` on, and figures of it.
 
         tokens [B, T] int64, features [B, T, F] of them, logits [B, T, V] of the target. The cross entropy is that with
         the target's law (its expectation over the target's own text). Raises ConfigError for rows no longer than a block.
         """
-        size, length = self.config.block_size, tokens.shape[1]
+        size, length = self.config.block_size, tokens.shape[1] - begin
         if length <= size:
             raise ConfigError(f"rows of training text must be longer than a block of {size} tokens, got {length}")
         count = min(self.config.anchors, length - size)
-        starts = torch.rand(len(tokens), length - size, device=tokens.device).topk(count).indices
+        starts = begin + torch.rand(len(tokens), length - size, device=tokens.device).topk(count).indices
         return self.loss_at(starts, tokens, features, logits)
 
     def loss_at(

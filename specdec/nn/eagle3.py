@@ -147,18 +147,19 @@ class Eagle3Head(FeatureHead):
     def _draft_logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
 
-    def loss(self, tokens: Tensor, features: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, tokens: Tensor, features: Tensor, logits: Tensor, begin: int = 0) -> tuple[Tensor, dict[str, float]]:
         """The mean divergence over the steps of the unrolled pass, and over the places of each row, then over rows.
 
-        tokens [B, T] int64, features [B, T, F] of them, logits [B, T, V] of the target. At every step the tokens are the
-        text's own. A trimmed vocabulary leaves the target's law as it is: it then sums to less than 1.
+        tokens [B, T] int64, features [B, T, F] of them, logits [B, T, V] of the target; drafts of tokens up to number
+        ``begin`` are not learned from. At every step the tokens are the text's own. A trimmed vocabulary leaves the target's law as it is: it then sums to less than 1.
         """
-        if tokens.shape[1] <= self.config.steps:
+        if tokens.shape[1] - begin <= self.config.steps:
             raise ConfigError(
-                f"rows of training text must be longer than {self.config.steps} tokens, got {tokens.shape[1]}"
+                f"rows of training text must be longer than {self.config.steps} tokens, got {tokens.shape[1] - begin}"
             )
-        states = self.unrolled(tokens, features)
-        count = states[0].shape[1]
+        first = max(0, begin - 1)  # place that guesses what follows token number ``begin``
+        states = [state[:, first:] for state in self.unrolled(tokens, features)]
+        logits, count = logits[:, first:], states[0].shape[1]
         losses, alphas = [], []
         for step, hidden in enumerate(states):
             found = [self._losses(*part) for part in _parts(hidden, logits[:, 1 + step : 1 + step + count])]

@@ -45,10 +45,11 @@ class FeatureHead(nn.Module, ABC):
         return self._shared
 
     @abstractmethod
-    def loss(self, tokens: Tensor, features: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, tokens: Tensor, features: Tensor, logits: Tensor, begin: int = 0) -> tuple[Tensor, dict[str, float]]:
         """What training minimises, and figures of it.
 
-        tokens [B, T] int64, features [B, T, len(layers) * H] of them, logits [B, T, V] of the target.
+        tokens [B, T] int64, features [B, T, len(layers) * H] of them, logits [B, T, V] of the target. Guesses of tokens
+        up to number ``begin`` are not learned from.
         """
 
     @abstractmethod

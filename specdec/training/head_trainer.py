@@ -40,7 +40,7 @@ Model: TypeAlias = GPT | PreTrainedModel
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How to train a head. Budgets: ``max_tokens`` of text, ``max_seconds``; 0 is no limit.
+    """How to train a head. Budgets: ``max_tokens`` learned from, ``max_seconds``; 0 is no limit.
 
     Batches are ``rows`` of ``sequence_length`` tokens; 0 rows for few (``batch_rows``), which teaches most. on_policy: share of the budget spent, at the end, on text of the
     target's own. evaluations: how often to decode on the way; the head that did best is kept. draft_tokens: how many
@@ -83,7 +83,7 @@ class HeadSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """After ``tokens`` of text: tokens per target pass of decodes of held-out prompts, greedy and at temperature 1.
+    """After learning from ``tokens``: tokens per target pass of decodes of held-out prompts, greedy and at temperature 1.
 
     ``loss`` is the mean since the evaluation before.
     """
@@ -227,8 +227,9 @@ class HeadTraining:
         """One update at ``progress`` of the schedule; its loss and figures. Raises ModelError, with no weight changed."""
         settings = self.settings
         on_policy = progress >= 1 - settings.on_policy
-        tokens = (self.own_text() if on_policy else self.given_text()).to(self.device)
-        loss, figures = self.head.loss(tokens, *self.reader.read(tokens))
+        tokens, begin = self.own_text() if on_policy else (self.given_text(), 0)
+        tokens = tokens.to(self.device)
+        loss, figures = self.head.loss(tokens, *self.reader.read(tokens), begin)
         loss.backward()
         norm = self.optimizer.gather_gradients()
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -238,7 +239,7 @@ class HeadTraining:
             )
         rate = settings.learning_rate * schedule(progress, warmup=settings.warmup, final=0.02)
         self.optimizer.step(rate, norm, settings.clip)
-        self.tokens += tokens.numel()
+        self.tokens += len(tokens) * (tokens.shape[1] - begin)
         self.step += 1
         self._losses.append(loss.item())
         return loss.item(), figures
@@ -249,15 +250,15 @@ class HeadTraining:
         shape = {"rows": self.batch_rows, "length": settings.sequence_length - 1}
         return data.batch(self.training, seed=settings.seed, step=self.step, **shape)
 
-    def own_text(self) -> Tensor:
-        """Rows [B, T] that begin with a prompt of the training text and go on as the target does."""
+    def own_text(self) -> tuple[Tensor, int]:
+        """Rows [B, T] that the target wrote after prompts of the training text, which end with the token of that number."""
         settings = self.settings
         if not self.written:
             count, length = max(settings.prompts_per_round, self.batch_rows), settings.prompt_tokens
             prompts = data.batch(self.training, rows=count, length=length - 1, seed=settings.seed + 1, step=self.step)
             lengths = {"new_tokens": settings.new_tokens, "draft_tokens": settings.draft_tokens}
             self.written = list(own_text(self.engine(), prompts, seed=self.step, **lengths).split(self.batch_rows))
-        return self.written.pop()
+        return self.written.pop(), settings.prompt_tokens - 1
 
     def engine(self) -> Engine:
         """The target and the head as it is now."""

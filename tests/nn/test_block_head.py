@@ -115,6 +115,8 @@ def test_anchors_are_as_many_as_asked_for_and_never_too_near_the_end() -> None:
     head.loss_at = lambda starts, *given: drawn.append(starts) or loss_at(starts, *given)  # type: ignore[method-assign]
     loss, _ = head.loss(TOKENS, features, logits)
     assert loss.isfinite() and drawn[0].sort(-1).values.tolist() == [list(range(LENGTH - SIZE))] * 2
+    head.loss(TOKENS, features, logits, 7)  # what comes before is read and not learned from
+    assert drawn[1].sort(-1).values.tolist() == [list(range(7, LENGTH - SIZE))] * 2
     with pytest.raises(ConfigError, match="longer than a block of 4 tokens, got 4"):
         head.loss(TOKENS[:, :SIZE], features[:, :SIZE], logits[:, :SIZE])
 

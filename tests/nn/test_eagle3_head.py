@@ -75,6 +75,22 @@ def test_a_guess_sees_no_features_after_its_draft_begins() -> None:
             assert torch.equal(seen, torch.arange(LENGTH - STEPS) >= place)
 
 
+@torch.no_grad()
+def test_what_comes_before_is_read_and_not_learned_from() -> None:
+    head = eagle3_head(TARGET, steps=STEPS)
+    features, logits = features_of(TARGET, head.layers, TOKENS)
+    usual = float(head.loss(TOKENS, features, logits, 6)[0])
+    for place in range(LENGTH - 1):  # whose logits say what follows token number ``place``
+        other = logits.clone()
+        other[:, place] = other[:, place].roll(1, -1)
+        assert (float(head.loss(TOKENS, features, other, 6)[0]) != usual) == (place >= 6)
+    other = features.clone()
+    other[:, 0] += 1
+    assert float(head.loss(TOKENS, other, logits, 6)[0]) != usual
+    with pytest.raises(ConfigError, match="longer than 3 tokens, got 3"):
+        head.loss(TOKENS, features, logits, LENGTH - STEPS)
+
+
 @pytest.mark.parametrize("draft_ids", [None, IDS])
 def test_the_loss_is_that_of_every_guess_by_itself(draft_ids: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     head = eagle3_head(TARGET, steps=STEPS, draft_ids=draft_ids)

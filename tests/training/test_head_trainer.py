@@ -107,13 +107,15 @@ def training(gpt: GPT, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, **cha
 def test_a_seed_is_a_run(gpt: GPT, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> None:
     one, again, other = (training(gpt, tokenizer, corpus, seed=seed, on_policy=0.5) for seed in (0, 0, 1))
     losses = losses_of(one, 2)
-    assert losses == losses_of(again, 2) != losses_of(other, 2) and one.tokens == 4 * 64 + 4 * 48
+    assert losses == losses_of(again, 2) != losses_of(other, 2) and one.tokens == 4 * 64 + 4 * 33
     assert all(torch.equal(a, b) for a, b in zip(one.head.parameters(), again.head.parameters(), strict=True))
 
 
 def test_the_targets_own_text_is_learned_from(gpt: GPT, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> None:
     run = training(gpt, tokenizer, corpus)
-    rows = torch.cat([run.own_text(), *run.written])
+    first, begin = run.own_text()
+    rows = torch.cat([first, *run.written])
+    assert begin == 15  # prompts are not learned from
     greedy = Engine(load_lm(gpt)).generate(rows[:, :16].tolist(), max_new_tokens=32, eos_token_id=None).token_ids
     same = sum(row[16:].tolist() == text for row, text in zip(rows, greedy, strict=True))
     assert rows.shape == (4, 48) and 2 <= same < 4  # every other one is greedy
