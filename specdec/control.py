@@ -79,6 +79,7 @@ class Adaptive:
         self._next_rest = _REST
         self._free = True  # whether rows whose drafts cost passes of a model go without
         self._is_restless = False  # whether something is decided at every step
+        self._thinking = 0.0  # seconds since anything was learned
         self._deciding = 0.0  # plain steps whose time a decision takes
         self._spell: list[Timed] = []  # steps since the last decision, of which nothing was learned yet
         self._tries = False  # whether the draft is made to see what passes cost
@@ -89,6 +90,12 @@ class Adaptive:
         return self._holds
 
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
+        started = time.perf_counter()
+        lengths = self._choose(sequences, drafter)
+        self._thinking += time.perf_counter() - started
+        return lengths
+
+    def _choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         rows, ids = len(sequences.rows), [row.id for row in sequences.rows]
         if ids != self._ids:
             self._end_spell()
@@ -185,7 +192,8 @@ class Adaptive:
         by_model = sum(timed.draft_seconds for timed in spell)
         is_try = self._streak.drafts and (self._tries or by_model > 0 and (self._free or not any(self._lengths)))
         self.decisions.probes += sum(timed.passes for timed in spell) * is_try
-        self._ledger.enter(spell, is_try=is_try)
+        self._ledger.enter(spell, is_try=is_try, thinking=self._thinking)
+        self._thinking = 0.0
         if not is_try:
             self._wait = _FIRST_WAIT if by_model else self._wait
             self._look_at_losses(rows)
