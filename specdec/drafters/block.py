@@ -45,7 +45,7 @@ class BlockDrafter(FeatureDrafter):
         own = copy.deepcopy(head).eval().requires_grad_(False).to(target.device, target.dtype)
         self.head = own.share(target.embed, target.project)
         self.least_survival, self._doubts = least_survival, own.doubts().float()
-        self.blocks = blocks_of(own)
+        self.blocks, self.forward_seconds = blocks_of(own), 0.0
         super().__init__(target, head.layers, self.blocks)
 
     @torch.inference_mode()

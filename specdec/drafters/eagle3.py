@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from typing import NamedTuple
 
 import torch
@@ -54,9 +53,13 @@ class Eagle3Drafter(FeatureDrafter):
         self._latest: Places | None = None  # of this step, not yet read
         super().__init__(target, layers, self.lm)
 
+    @property
+    def forward_seconds(self) -> float:
+        """Time spent in the head."""
+        return self.lm.forward_seconds
+
     @torch.inference_mode()
     def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
-        started = time.perf_counter()
         draft = Draft.empty(len(sequences), sequences.device)
         if max(lengths) > 0:
             rows = zip(lengths, self._take(sequences), self.target.lengths, strict=False)
@@ -69,7 +72,6 @@ class Eagle3Drafter(FeatureDrafter):
                 self.lm.keep(latest.counts)  # what was guessed was never there
             elif latest is not None:
                 self._append(latest, 0)
-            self.forward_seconds += time.perf_counter() - started
         return draft
 
     def _guess(self, sequences: Sequences, most: list[int], tokens: Tensor, counts: list[int]) -> Draft:
@@ -97,7 +99,9 @@ class Eagle3Drafter(FeatureDrafter):
                 self.lm.copy(slot, slot, begin)
             place = self.target.starts[slot] + begin + 1
             tokens[slot - first, :count] = torch.tensor(sequences.rows[slot].tokens[place : place + count])
-        return Places(tokens, self.lm.head.fuse(padded), counts)
+        with self.lm.clock.timed():
+            hidden = self.lm.head.fuse(padded)
+        return Places(tokens, hidden, counts)
 
 
 class Eagle3TreeDrafter(TreesOfHead, Eagle3Drafter):

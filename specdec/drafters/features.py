@@ -28,7 +28,6 @@ class FeatureDrafter(ABC):
     def __init__(self, target: CachedLM, layers: tuple[int, ...], memory: Memory) -> None:
         target.tap(layers)
         self.target, self.layers, self._memory = target, layers, memory
-        self.forward_seconds = 0.0
         self._rows = 0  # slots that may hold something
 
     @torch.inference_mode()
