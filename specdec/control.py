@@ -30,6 +30,9 @@ _DEAR, _SHORT_STAY = 0.05, 3  # the same where every step's text counts, but dec
 # Steps in a row without one accepted token, at least, that are less likely than this if what is believed holds: it is not
 # waited for the next decision then.
 _REFUSED, _UNLIKELY = 3, 0.01
+# Where looks at the text found something in that share of rows lately, decisions come so much more often.
+_SELDOM, _OFTEN, _NEWS = 0.1, 3, 0.1
+_CARED = 0.02  # weight of the latest step in what deciding takes per step
 # Plain passes that follow the first one after it was found best; twice as many each time again, all together powers of two.
 _REST, _LONGEST_REST = 3, 63
 _MOST_REST, _CARE = 1023, 0.005  # the longest one where deciding takes more than that share of the rest
@@ -62,7 +65,7 @@ class Adaptive:
         self._probing = 0  # steps of the probe under way that are left
         self._ids: list[int] = []  # of the rows
         self._rows = self._age = 0
-        self._care = 0.0  # seconds per drafted step that learning from the last ones took
+        self._care = 0.0  # seconds per step of those that drafted, lately, for deciding, learning and beginning
         self._refused = 0  # steps in a row whose drafts were refused, all of them
         self._patience = _REFUSED  # how many are too many
         self._since_settled = 0  # drafts since a plain step was measured well
@@ -80,6 +83,7 @@ class Adaptive:
         self._free = True  # whether rows whose drafts cost passes of a model go without
         self._is_restless = False  # whether something is decided at every step
         self._thinking = 0.0  # seconds since anything was learned
+        self._seen = 1.0  # share of rows in which looks at the text found something, lately
         self._deciding = 0.0  # plain steps whose time a decision takes
         self._spell: list[Timed] = []  # steps since the last decision, of which nothing was learned yet
         self._tries = False  # whether the draft is made to see what passes cost
@@ -138,7 +142,8 @@ class Adaptive:
             self._holds = 1 if self._is_restless else 1 + max(0, self._age)
         return [min(length, limit) for length, limit in zip(lengths, limits, strict=True)]
 
-    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float) -> None:
+    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float, overhead: float = 0.0) -> None:
+        self._thinking += overhead
         self.decisions.count(steps)
         first, passes = steps[0], sum(step.passes for step in steps)
         unread = self._unread(first.rows) if draft_seconds else 0
@@ -176,21 +181,22 @@ class Adaptive:
                 self._age = 0
 
     def _end_spell(self) -> None:
-        """Learn from what was done since the last decision, and how long that takes."""
+        """Learn from what was done since the last decision."""
         if self._spell:
-            started, count = time.perf_counter(), sum(len(timed.steps) for timed in self._spell)
             self._learn(self._spell)
-            self._care = (time.perf_counter() - started) / count * self._streak.drafts
             self._spell = []
 
     def _learn(self, spell: list[Timed]) -> None:
         """Learn from steps of the same rows and the same choice."""
-        rows = len(spell[0].steps[0].rows)
+        rows, count = len(spell[0].steps[0].rows), sum(len(timed.steps) for timed in spell)
         for timed in spell:
             self._time(timed, rows)
         self._count_drafts(spell)
         by_model = sum(timed.draft_seconds for timed in spell)
         is_try = self._streak.drafts and (self._tries or by_model > 0 and (self._free or not any(self._lengths)))
+        if self._streak.drafts and not is_try:
+            fades = (1 - _CARED) ** count
+            self._care = fades * self._care + (1 - fades) * self._thinking / count
         self.decisions.probes += sum(timed.passes for timed in spell) * is_try
         self._ledger.enter(spell, is_try=is_try, thinking=self._thinking)
         self._thinking = 0.0
@@ -208,12 +214,13 @@ class Adaptive:
     def _time(self, timed: Timed, rows: int) -> None:
         """Note what steps took."""
         first, count = timed.steps[0], len(timed.steps)
-        width, draft_seconds = max(first.drafted), timed.draft_seconds / count
+        width, drafted, draft_seconds = max(first.drafted), sum(first.drafted), timed.draft_seconds / count
         seconds = timed.step_seconds / timed.passes
         if timed.unread >= _LEAST_READ:
-            expected = min(draft_seconds, float(self.costs.drafts(rows, width)[width]))
-            self.costs.count_reading((draft_seconds - expected) / timed.unread)
-        elif draft_seconds and timed.unread < count:
+            expected = float(self.costs.drafts(rows, width)[width] + self.costs.passes(rows, drafted)[drafted])
+            self.costs.count_reading(max(0.0, draft_seconds + seconds - expected) / timed.unread)
+            return
+        if draft_seconds and timed.unread < count:
             self.costs.count_draft(rows, width, draft_seconds)
         is_settled = timed.is_settled
         if width:
@@ -223,7 +230,7 @@ class Adaptive:
                 self._since_settled = 0
             # Even a plain step that follows others takes at most that long, so what is believed is too much.
             is_settled |= self.costs.is_settled(rows) and seconds < self.costs.passes(rows, 0)[0]
-        self.costs.count_pass(rows, sum(first.drafted), seconds + self._care, is_settled=is_settled)
+        self.costs.count_pass(rows, drafted, seconds, is_settled=is_settled)
 
     def _look_at_losses(self, rows: int) -> None:
         """Where drafts have lost too much, measure plain decoding before that is believed."""
@@ -282,7 +289,9 @@ class Adaptive:
         stay = _STAY if self._is_aside else self._stay
         if foresight is not None:  # what it sees changes with every token, but a model alone may run ahead
             alone = self._is_dear and bool(outlook.runs_model[np.array(self._lengths) > 0].all())
-            stay = max(_SHORT_STAY, self._least_stay // 3 * alone)
+            self._seen += _NEWS * (1.0 - float(outlook.runs_model.mean()) - self._seen)
+            often = _OFTEN if self._seen > _SELDOM else 1
+            stay = max(_SHORT_STAY, self._least_stay // often * alone)
         self._age = _PROBE_STEPS if self._tries else stay if is_settled else _SHORT_STAY * self._is_dear
         if drafted:
             self._next_rest = _REST
@@ -316,6 +325,7 @@ class Adaptive:
         passes = self.costs.passes(self._rows, total if tries else min(total, max(self._rows, 2 * known)))
         passes = np.full_like(passes, passes[0]) if tries else passes
         drafts = self.costs.drafts(self._rows, most)
+        passes[1:] += self._care
         plain, model_free = float(passes[0]), np.zeros_like(runs_model)
         plan, is_free = None, True
         if not runs_model.all():

@@ -30,8 +30,11 @@ class Controller(Protocol):
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         """Draft lengths of the live rows."""
 
-    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float) -> None:
-        """Steps that drafted, or not, as chosen, one after the other; ``step_seconds`` of all without ``draft_seconds``."""
+    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float, overhead: float = 0.0) -> None:
+        """Steps that drafted, or not, as chosen, one after the other; ``step_seconds`` of all without ``draft_seconds``.
+
+        ``overhead``: seconds beyond both that depend on neither lengths nor number of steps.
+        """
 
 
 class FixedLength:
@@ -48,6 +51,6 @@ class FixedLength:
     def choose(self, sequences: Sequences, drafter: Drafter) -> list[int]:
         return [min(self.num_draft_tokens, limit) for limit in sequences.draft_limits()]
 
-    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float) -> None:
+    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float, overhead: float = 0.0) -> None:
         """Nothing to learn."""
         self.decisions.count(steps)

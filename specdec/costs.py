@@ -79,7 +79,7 @@ class Costs:
         """Add a step over ``rows`` rows that checked so many tokens in all, and whether it followed others of its kind."""
         cells = self._passes.setdefault(_size(rows), {})
         self._add(cells, _size(drafted), drafted, seconds, is_settled)
-        self._note_most(_size(rows))
+        self._note_most(_size(rows), cells[_size(drafted)])
         if not drafted:
             self._curves.clear()
 
@@ -123,13 +123,10 @@ class Costs:
         """The number of rows whose passes say what drafts cost: ``size``, or the next one of which anything is known."""
         return size if size in self._most else min(self._most, key=lambda n: (abs(n - size), -n), default=size)
 
-    def _note_most(self, size: int) -> None:
-        """Passes over ``size`` rows were added."""
-        known = (
-            cell for n, cell in self._passes[size].items() if n and cell.is_settled and len(cell.latest) >= _ENOUGH
-        )
-        if most := max((int(cell.tokens) for cell in known), default=0):
-            self._most[size] = most
+    def _note_most(self, size: int, cell: Cell) -> None:
+        """Passes over ``size`` rows were added to ``cell``."""
+        if cell.is_settled and len(cell.latest) >= _ENOUGH and (most := int(cell.tokens)):
+            self._most[size] = max(most, self._most.get(size, 0))
 
     @property
     def reading(self) -> float:
@@ -158,7 +155,7 @@ class Costs:
         if self._count - made >= _FRESH or len(curve) <= most:
             curve = _interpolated(self._fresh(cells), max(most, _USUAL), from_nothing=what == "drafts")
             self._curves[what, size, len(cells)] = (self._count, curve)
-        return curve[: most + 1]
+        return curve[: most + 1].copy()
 
     def _fresh(self, cells: dict[int, Cell]) -> dict[float, float]:
         """Seconds by tokens as they should be by now; without what was measured once or long ago, so that it is tried again.
@@ -190,8 +187,9 @@ class Costs:
         costs = cls()
         costs._passes, costs._drafts, reading = (_cells(given[name]) for name in ("passes", "drafts", "reading"))
         costs._reading = reading[0][0]
-        for size in costs._passes:
-            costs._note_most(size)
+        for size, cells in costs._passes.items():
+            for cell in cells.values():
+                costs._note_most(size, cell)
         return costs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -93,6 +94,25 @@ class Foresight(Protocol):
 
         ``price``: how many accepted tokens the time is worth that a model takes to draft one.
         """
+
+
+class SeesRounds(Protocol):
+    """A drafter that learns from several steps at once, in less time; others need not have this."""
+
+    def observe_rounds(self, steps: Sequence[Step]) -> None:
+        """As ``observe`` for one after the other, but rows have gone on to the last of them; its model alone drafted."""
+
+
+@torch.inference_mode()
+def tell(drafter: Drafter | None, steps: Sequence[Step]) -> None:
+    """Tell ``drafter`` what was committed in these steps."""
+    if drafter is None:
+        return
+    if len(steps) > 1 and hasattr(drafter, "observe_rounds"):
+        drafter.observe_rounds(steps)
+        return
+    for step in steps:
+        drafter.observe(step)
 
 
 @lru_cache(maxsize=256)

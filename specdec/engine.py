@@ -22,7 +22,7 @@ from specdec.ahead import Ahead
 from specdec.control import Adaptive
 from specdec.controller import Controller, FixedLength
 from specdec.costs import Costs, read_costs, write_costs
-from specdec.draft import Draft, Drafter
+from specdec.draft import Draft, Drafter, tell
 from specdec.encoded import encoded_requests
 from specdec.errors import ConfigError, GenerationError, SpecDecError
 from specdec.graphs import Graphs
@@ -202,7 +202,7 @@ class Call:
             # A GPU drafts while the host goes on: what it took is known by now. Lookups count as part of the step.
             drafting = _model_seconds(drafter) - before
             step = replace(step, is_first=Graphs.preparations > prepared)
-            self._tell_drafter(step)
+            tell(drafter, [step])
             self._observe([step], max(drafting, proposing) if drafting > 0 else 0.0, watch.lap())
             yield step
             return
@@ -211,13 +211,16 @@ class Call:
         played = played if any(lengths) else played.at_once()
         steps: list[Step] = []
         seconds = played.seconds  # without those of whoever takes the steps
-        watch.lap()
+        overhead = watch.lap() - seconds
         for given in zip(*played[:3], strict=True):
             steps.append(sequences.enter(*given, passes, is_first))
-            self._tell_drafter(steps[-1])
+            if len(steps) == 1:  # all that was guessed in a text was guessed for this one
+                tell(drafter, steps)
+            elif len(steps) == len(played.tokens):
+                tell(drafter, steps[1:])
             seconds += watch.lap()
             if len(steps) == len(played.tokens):
-                self._observe(steps, _model_seconds(drafter) - before, seconds)
+                self._observe(steps, _model_seconds(drafter) - before, seconds, overhead)
             yield steps[-1]
             watch.lap()
 
@@ -243,18 +246,16 @@ class Call:
         self.plain_next = bool(step.retried)
         return step, proposing
 
-    def _tell_drafter(self, step: Step) -> None:
-        if self.drafter is not None:
-            with torch.inference_mode():
-                self.drafter.observe(step)
+    def _observe(self, steps: list[Step], drafting: float, seconds: float, overhead: float = 0.0) -> None:
+        """Count rounds that took so long in all, ``drafting`` included, and tell who decides about the next ones.
 
-    def _observe(self, steps: list[Step], drafting: float, seconds: float) -> None:
-        """Count rounds that took so long in all, ``drafting`` included, and tell who decides about the next ones."""
+        ``overhead``: seconds beyond them that it took to begin, however many rounds there are.
+        """
         for step in steps:
             self._count(step)
         if not steps[0].is_first:
             self.engine.ahead.observe(any(steps[0].drafted), seconds / sum(step.passes for step in steps))
-        self.controller.observe(steps, drafting, seconds - drafting)
+        self.controller.observe(steps, drafting, seconds - drafting, overhead)
 
     def _read(self, draft: Draft) -> Step:
         """One pass over a draft, judged, and what it leaves entered."""

@@ -138,7 +138,8 @@ class Ledger:
             self._tried += self.last_try + min(reading, most)
             self._account.book_try(seconds, plain, brought)
         else:  # what a draft model had to read was weighed before
-            self._account.book(seconds, plain, brought if any(first.drafted) else None)
+            drafts = any(first.drafted)
+            self._account.book(seconds + thinking * drafts, plain, brought if drafts else None)
 
     def settle(self, rows: int) -> None:
         """It was measured what plain steps take: whether drafts lost after all is judged by that."""

@@ -474,3 +474,15 @@ def test_a_drafted_token_is_priced_as_one_of_a_usual_draft_by_what_steps_bring_n
     for _ in range(8):
         world.controller.costs.count_draft(1, 1, 0.4)  # one token alone
     assert world.controller._price() < 0.2 * 16 / step
+
+
+def test_what_is_told_of_costs_can_be_changed_without_changing_them() -> None:
+    costs = Costs()
+    for drafted in (0, 0, 2, 2, 4, 4):
+        costs.count_pass(1, drafted, 1.0 + drafted)
+        costs.count_draft(1, drafted or 1, 0.1)
+    passes, drafts = costs.passes(1, 4), costs.drafts(1, 4)
+    before = passes.tolist(), drafts.tolist()
+    passes += 1
+    drafts += 1
+    assert (costs.passes(1, 4).tolist(), costs.drafts(1, 4).tolist()) == before

@@ -10,6 +10,7 @@ import torch
 
 from specdec import Engine, Output
 from specdec import ahead as ahead_module
+from specdec.drafters.automaton import NOTHING
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.suffix import SuffixDrafter
@@ -197,6 +198,23 @@ def test_a_draft_that_came_too_far_behind_reads_first(counted: Counted, single: 
     plain = engine.generate(PROMPTS[:2], **{**asked, "num_draft_tokens": 0})
     assert plain.token_ids == expected
     assert engine.generate(PROMPTS[:2], **{**asked, "num_draft_tokens": "auto"}).token_ids == expected
+
+
+def test_a_hybrid_learns_from_rounds_what_single_steps_teach(
+    counted: Counted, single: Callable[..., Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a lookup finds nothing; ``counted`` holds back no round."""
+    monkeypatch.setattr(SuffixDrafter, "look", lambda self, rows, most: [NOTHING] * len(rows))
+    target, _ = models()
+    learned = []
+    for way in (single, Engine.generate):
+        drafter = HybridDrafter(ModelDrafter(CpuLM(target)), SuffixDrafter())
+        given = {"max_new_tokens": 40, "num_draft_tokens": 3, "temperature": 1.0, "rule": "coupled"}
+        way(Engine(CpuLM(target), drafter), PROMPTS, **given)
+        learned.append(drafter.experience.survival([-1], [3]))
+        assert not list(drafter.experience)
+    assert counted.drafted > 100
+    assert learned[0] == pytest.approx(learned[1], rel=0.05) and learned[0][0, 0] > 0.9
 
 
 def test_a_text_longer_than_the_context_goes_on(counted: Counted, single: Callable[..., Output]) -> None:

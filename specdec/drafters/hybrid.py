@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -71,6 +72,13 @@ class HybridDrafter:
         self.experience.forget(step.rows[slot].id for slot in step.finished)
         self.lookup.observe(step)
         self._looks_up, self._asked_model = None, False
+
+    def observe_rounds(self, steps: Sequence[Step]) -> None:
+        rows = [row.id for row in steps[0].rows]
+        self.experience.count_chains(rows, [step.drafted for step in steps], [step.accepted for step in steps])
+        self.model.observe(steps[-1])
+        self.experience.forget(steps[-1].rows[slot].id for slot in steps[-1].finished)
+        self.lookup.observe(steps[-1])
 
     def copy(self, source: int, target: int, length: int | None = None) -> None:
         self.model.copy(source, target, length)
