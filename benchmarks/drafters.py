@@ -4,7 +4,7 @@ python benchmarks/drafters.py [--tokens N] [--rounds R]
 
 Drafters that are trained learn from as many tokens each, for the demo's target: a draft model from text alone, one
 distilled on text and then on what the target writes, a block and an EAGLE-3 head in the same way. They are kept next to
-the demo's pair, so that measuring again is quick. Held-out prompts, ways in turn; draft ms are per pass of the target.
+the demo's pair, so that measuring again is quick. Held-out prompts, ways in turn; draft ms are in models, per pass of the target.
 Writes benchmarks/results/drafters.json and .png, and the table of benchmarks/DRAFTERS.md.
 """
 
@@ -37,7 +37,7 @@ from specdec.training.head_trainer import HeadSettings
 RESULTS = Path(__file__).parent / "results/drafters.json"
 PAGE = Path(__file__).parent / "DRAFTERS.md"
 ON_TEXT, DISTILLED, BLOCK, EAGLE = "draft model, text only", "draft model, distilled", "block head", "EAGLE-3 head"
-CHAIN, LONGER, TREES = 4, (8, 15), (16, 32)
+CHAIN, LONGER, TREES = 4, (8, 15), (16, 32, 48)
 PROMPTS, NEW_TOKENS = 8, 96
 CELLS = [(batch, temperature) for batch in (1, PROMPTS) for temperature in (0.0, 1.0)]
 
@@ -95,7 +95,7 @@ def measure(tokens: int, rounds: int) -> list[Measurement]:
 
 
 def draft_milliseconds(m: Measurement) -> float:
-    """What drafting takes per pass of the target."""
+    """What models that draft take per pass of the target."""
     if not m.draft_share or not m.passes_per_second or m.prefill_share is None:
         return 0.0
     return 1e3 * m.draft_share / (1 - m.prefill_share) / m.passes_per_second
@@ -106,8 +106,9 @@ def markdown(found: Sequence[Measurement], tokens: int) -> str:
     heads = [f"batch {batch}, {kind_of_text(temperature)}" for batch, temperature in CELLS]
     said = (
         f"Trained drafters learned from {tokens:,} tokens each; drafts of {CHAIN} tokens, trees as named, `auto` where "
-        f"the controller chooses. {PROMPTS} held-out prompts, {NEW_TOKENS} new tokens. In a cell: tokens per pass of the "
-        "target, milliseconds of drafting per pass, tokens per second to plain decoding."
+        f"the controller chooses; it begins without knowing anything of a drafter, in runs of a tenth of a second. {PROMPTS} "
+        f"held-out prompts, {NEW_TOKENS} new tokens. In a cell: tokens per pass of the target, milliseconds in models that draft "
+        "per pass, tokens per second to plain decoding."
     )
     lines = ["# Every drafter", "", said, "", f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(CELLS)]
     for name in dict.fromkeys(m.method for m in found):

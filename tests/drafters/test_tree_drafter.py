@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from specdec import Draft, Engine
+from specdec.drafters.grown import GREEDY, RACE
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.tree import TreeDrafter
 from specdec.lm.base import CachedLM
@@ -98,3 +101,29 @@ def test_chosen_sizes() -> None:
     drafter = TreeDrafter(native(noisy(TARGET, 0.02)))
     found = Engine(native(TARGET), drafter).generate(PROMPTS, max_new_tokens=60)
     assert found.token_ids == Engine(native(TARGET)).generate(PROMPTS, max_new_tokens=60).token_ids
+
+
+def test_a_tree_goes_deep_where_the_draft_is_sure_and_reads_no_node_in_vain() -> None:
+    sure = torch.full((12, 12), -12.0).scatter_(1, (torch.arange(12) + 1)[:, None] % 12, 12.0)
+    sure = sure.expand(12, 12, 12)
+    table = TableLM(sure)
+    read: list[int] = []
+    append = table.append
+
+    def counting(tokens: Tensor, *given: Any, **named: Any) -> Tensor:
+        read.append(tokens.shape[1])
+        return append(tokens, *given, **named)
+
+    table.append = counting  # type: ignore[method-assign]
+    output = Engine(TableLM(sure), TreeDrafter(table)).generate([[1]], max_new_tokens=34, num_draft_tokens=48)
+    assert output.stats.num_target_passes == 2  # 16 levels and the token after them
+    assert max(read[1:]) <= 8 and sum(read) < 34 + 2 * 32  # one node a level, but where the tree is not full yet
+
+
+def test_the_chances_of_children_leave_room_for_none_of_them() -> None:
+    chances = torch.tensor([[0.5, 0.3, 0.1], [0.9, 0.02, 0.01], [0.02, 0.019, 0.018]]).log()
+    for surety in (GREEDY, RACE):
+        found = surety.reached(chances).exp()
+        assert bool((found.diff() < 0).all()) and bool((found.sum(1) < 1).all())
+        none = 1 - found.sum(1)
+        assert none[2] > none[0] > none[1]  # the less sure the draft, the likelier
