@@ -20,6 +20,7 @@ from specdec.stats import Decisions
 
 _CHECK = 5  # plain steps that are measured before any draft, and before it is believed that drafts lose
 _MEASURED_PASSES = 8  # of a plain step that is measured; one of several counts twice
+_SEVERAL = 4  # rounds that were measured together and drafted
 _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many after each that showed nothing
 _PROBE_STEPS, _PROBE_TOKENS = 8, 2  # of one such try; the first ones take longer than others
 _LEAST_LEFT = 32  # tokens that rows must have before them to be worth a try
@@ -231,6 +232,8 @@ class Adaptive:
             # Even a plain step that follows others takes at most that long, so what is believed is too much.
             is_settled |= self.costs.is_settled(rows) and seconds < self.costs.passes(rows, 0)[0]
         self.costs.count_pass(rows, drafted, seconds, is_settled=is_settled)
+        if count >= _SEVERAL and not self.costs.knows(rows, drafted):  # their mean is as good as two
+            self.costs.count_pass(rows, drafted, seconds, is_settled=is_settled)
 
     def _look_at_losses(self, rows: int) -> None:
         """Where drafts have lost too much, measure plain decoding before that is believed."""

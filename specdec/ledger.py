@@ -134,12 +134,12 @@ class Ledger:
             self._account.book(rested, plain, None)
         if is_try:
             reading = self._costs.reading * sum(timed.unread for timed in spell)
+            thinking = min(thinking, count * plain)  # the first time is slow
             self.last_try = max(0.0, seconds + thinking - brought * plain)
             self._tried += self.last_try + min(reading, most)
             self._account.book_try(seconds, plain, brought)
         else:  # what a draft model had to read was weighed before
-            drafts = any(first.drafted)
-            self._account.book(seconds + thinking * drafts, plain, brought if drafts else None)
+            self._account.book(seconds, plain, brought if any(first.drafted) else None)
 
     def settle(self, rows: int) -> None:
         """It was measured what plain steps take: whether drafts lost after all is judged by that."""
