@@ -98,14 +98,15 @@ class TorchFused(FusedLM):
 
 
 class CompiledFused(FusedLM, CpuLM):
-    """By nn/cpu.c, whole chains of guesses at once; ``embedding`` [V, H] is the target's, or the head's own.
+    """By nn/cpu.c, whole chains of guesses at once, with the embedding of ``target`` or the head's own.
 
     Raises ``LookupError`` where nothing is compiled for this processor and dtype, or for this kind of head.
     """
 
-    def __init__(self, head: Eagle3Head, embedding: Tensor) -> None:
+    def __init__(self, head: Eagle3Head, target: CachedLM) -> None:
         if head.is_trimmed or head.config.norm_output:
             raise LookupError("heads that guess some tokens only, or feed back what is normed, are run by torch")
+        embedding = target.embedding() if head.embed_tokens is None else head.embed_tokens.weight.detach()
         with torch.device("meta"):
             shell = GPT(head.config.decoder)
         for name, part in (("layers", nn.ModuleList([head.block])), ("norm", head.norm), ("lm_head", head.lm_head)):
@@ -147,9 +148,8 @@ class CompiledFused(FusedLM, CpuLM):
 
 
 def fused_lm(head: Eagle3Head, target: CachedLM) -> FusedLM:
-    """``head``, which uses the embedding of ``target``, compiled where that is possible; it is used up."""
-    embedding = target.embedding() if head.embed_tokens is None else head.embed_tokens.weight.detach()
+    """``head`` for ``target``, compiled where that is possible; it is used up."""
     try:
-        return CompiledFused(head, embedding)
+        return CompiledFused(head, target)
     except LookupError:
         return TorchFused(head)
