@@ -81,9 +81,9 @@ class Timing(FixedLength):
         super().__init__(num_draft_tokens)
         self.seconds: dict[int, list[tuple[float, float]]] = {}
 
-    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float) -> None:
-        super().observe(steps, draft_seconds, step_seconds)
-        taken = step_seconds / len(steps), draft_seconds / len(steps)
+    def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float, overhead: float = 0.0) -> None:
+        super().observe(steps, draft_seconds, step_seconds, overhead)
+        taken = (step_seconds + overhead) / len(steps), draft_seconds / len(steps)
         self.seconds.setdefault(max(steps[0].drafted), []).extend([taken] * len(steps))
 
 
