@@ -66,7 +66,7 @@ class Adaptive:
         self._probing = 0  # steps of the probe under way that are left
         self._ids: list[int] = []  # of the rows
         self._rows = self._age = 0
-        self._care = 0.0  # seconds per step of those that drafted, lately, for deciding, learning and beginning
+        self._care = 0.0  # seconds per drafted step for deciding, learning and beginning, if a choice is kept for long
         self._refused = 0  # steps in a row whose drafts were refused, all of them
         self._patience = _REFUSED  # how many are too many
         self._since_settled = 0  # drafts since a plain step was measured well
@@ -160,8 +160,6 @@ class Adaptive:
             if begins or first.is_first:  # what it took says nothing
                 self._begun.update([len(first.rows)] * begins)
                 self._count_drafts([timed])
-                if unread >= _LEAST_READ:
-                    self.costs.count_reading(draft_seconds / unread)
             else:
                 self._spell.append(timed)
             if unread:
@@ -197,9 +195,9 @@ class Adaptive:
         is_try = self._streak.drafts and (self._tries or by_model > 0 and (self._free or not any(self._lengths)))
         if self._streak.drafts and not is_try:
             fades = (1 - _CARED) ** count
-            self._care = fades * self._care + (1 - fades) * self._thinking / count
+            self._care = fades * self._care + (1 - fades) * self._thinking / max(count, _LONGEST_STAY)
         self.decisions.probes += sum(timed.passes for timed in spell) * is_try
-        self._ledger.enter(spell, is_try=is_try, thinking=self._thinking)
+        self._ledger.enter(spell, is_try=is_try)
         self._thinking = 0.0
         if not is_try:
             self._wait = _FIRST_WAIT if by_model else self._wait
@@ -218,10 +216,9 @@ class Adaptive:
         width, drafted, draft_seconds = max(first.drafted), sum(first.drafted), timed.draft_seconds / count
         seconds = timed.step_seconds / timed.passes
         if timed.unread >= _LEAST_READ:
-            expected = float(self.costs.drafts(rows, width)[width] + self.costs.passes(rows, drafted)[drafted])
-            self.costs.count_reading(max(0.0, draft_seconds + seconds - expected) / timed.unread)
-            return
-        if draft_seconds and timed.unread < count:
+            expected = min(draft_seconds, float(self.costs.drafts(rows, width)[width]))
+            self.costs.count_reading((draft_seconds - expected) / timed.unread)
+        elif draft_seconds and timed.unread < count:
             self.costs.count_draft(rows, width, draft_seconds)
         is_settled = timed.is_settled
         if width:

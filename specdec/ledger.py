@@ -114,8 +114,8 @@ class Ledger:
         allowed = _PROBE_SHARE * self._elapsed + _GRACE * float(self._costs.passes(rows, 0)[0])
         return allowed - self._tried
 
-    def enter(self, spell: Sequence[Timed], *, is_try: bool, thinking: float = 0.0) -> None:
-        """Enter steps of the same rows that drafted alike; whether only to see what that takes, and seconds of deciding so."""
+    def enter(self, spell: Sequence[Timed], *, is_try: bool) -> None:
+        """Enter steps of the same rows that drafted alike; whether only to see what that takes."""
         first, rows, count = spell[0].steps[0], len(spell[0].steps[0].rows), sum(timed.passes for timed in spell)
         brought = sum(sum(step.committed) for timed in spell for step in timed.steps) / rows
         fades = (1 - _NEW) ** count
@@ -134,8 +134,7 @@ class Ledger:
             self._account.book(rested, plain, None)
         if is_try:
             reading = self._costs.reading * sum(timed.unread for timed in spell)
-            thinking = min(thinking, count * plain)  # the first time is slow
-            self.last_try = max(0.0, seconds + thinking - brought * plain)
+            self.last_try = max(0.0, seconds - brought * plain)
             self._tried += self.last_try + min(reading, most)
             self._account.book_try(seconds, plain, brought)
         else:  # what a draft model had to read was weighed before
