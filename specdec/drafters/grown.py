@@ -157,9 +157,8 @@ def _likeliest(sequences: Sequences, logits: Tensor, read: Read, levels: int, mo
     begin = count = 0  # of the newest level; nodes that were read
     for level in range(1, levels):
         known = nodes.scores.shape[1]
-        width = max(
-            1, min(WIDTH, known - begin, (room - count) // (levels - level))
-        )  # the deepest level must be in reach
+        reach = max(1, (room - count) // (levels - level))  # wider, there would be no room for the deepest level
+        width = min(WIDTH, known - begin, reach)
         scores, chosen = nodes.scores[:, begin:].topk(width, dim=1)
         if known >= most:  # no child of a node could be proposed that is hardly among the best
             least = nodes.scores.topk(most, dim=1).values[:, -1:]
