@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from specdec import Draft, Engine
-from specdec.drafters.grown import GREEDY, RACE
+from specdec.drafters.grown import DEEPEST, GREEDY, RACE
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.tree import TreeDrafter
 from specdec.lm.base import CachedLM
 from specdec.sequences import Sequences, Step
+from specdec.tree import Branches
 from toys import TableLM, native, noisy, random_table, tiny_gpt
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 0, 1, 2, 3, 4, 5, 6, 0, 1], [2, 2], [9] * 20]
@@ -127,3 +128,13 @@ def test_the_chances_of_children_leave_room_for_none_of_them() -> None:
         assert bool((found.diff() < 0).all()) and bool((found.sum(1) < 1).all())
         none = 1 - found.sum(1)
         assert none[2] > none[0] > none[1]  # the less sure the draft, the likelier
+
+
+def test_a_tree_with_many_branches_reaches_its_deepest_level() -> None:
+    unsure = torch.full((12, 12), -2.0).scatter_(1, (torch.arange(12) + 1)[:, None] % 12, 2.0).expand(12, 12, 12)
+    drafter = Watched(TableLM(unsure))
+    Engine(TableLM(unsure), drafter).generate([[1]], max_new_tokens=40, num_draft_tokens=48)
+    tree = Branches()
+    assert drafter.drafts[0].parents is not None
+    tree.grow(drafter.drafts[0].parents[0])
+    assert max(tree.depths) + 1 == DEEPEST
