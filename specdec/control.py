@@ -37,6 +37,8 @@ _CARED = 0.02  # weight of the latest step in what deciding takes per step
 # Plain passes that follow the first one after it was found best; twice as many each time again, all together powers of two.
 _REST, _LONGEST_REST = 3, 63
 _MOST_REST, _CARE = 1023, 0.005  # the longest one where deciding takes more than that share of the rest
+# The first one where deciding is dear: that share of it goes into deciding, less where drafts promised less than _FAR.
+_FIRST_CARE, _CLEAR_CARE, _FAR = 0.2, 0.02, 0.8
 _LONGEST_DOZE = 31  # the same where a look at the text may change the verdict at any token
 # Of the time while drafts pay, that share is lost by measuring plain decoding again: often where drafts gain little.
 _LOOKS, _LEAST_TRUST, _LONGEST_TRUST = 0.005, 8, 1024
@@ -124,8 +126,8 @@ class Adaptive:
         most = getattr(drafter, "most_draft_tokens", MOST_DRAFT_TOKENS)  # of a tree more than of a chain
         limits = [min(limit, most) for limit in sequences.draft_limits()]
         if is_new:
-            self._end_spell()
             started = time.perf_counter()
+            self._end_spell()
             self._decide(sequences, foresight, limits)
             if self.costs.knows(rows, 0):
                 self._deciding = (time.perf_counter() - started) / float(self.costs.passes(rows, 0)[0])
@@ -298,10 +300,11 @@ class Adaptive:
             self._experience.fade(row for row, length in zip(ids, self._lengths, strict=True) if not length)
         elif self._knows_plain:
             self._experience.fade(ids)
-            self._rest, self._age = self._next_rest, 0
             longest = _LONGEST_REST if foresight is None or self._is_dear else _LONGEST_DOZE
             longest = max(longest, min(int(self._deciding / _CARE), _MOST_REST))
-            self._next_rest = min(2 * self._next_rest + 1, longest)
+            first = int(self._deciding / (_CLEAR_CARE if self._promise < _FAR else _FIRST_CARE))
+            self._rest, self._age = max(self._next_rest, min(first, longest)), 0
+            self._next_rest = min(2 * self._rest + 1, longest)
 
     def _best(self, sequences: Sequences, outlook: Outlook) -> tuple[list[int], bool, bool]:
         """The lengths that promise most, whether only drafts that cost nothing are made, and whether they are but a try."""
