@@ -210,8 +210,8 @@ class Call:
         passes = 1 if any(lengths) else len(played.tokens)
         played = played if any(lengths) else played.at_once()
         steps: list[Step] = []
-        seconds = played.seconds  # without those of whoever takes the steps
-        overhead = watch.lap() - seconds
+        seconds = played.seconds - played.beginning  # without those of whoever takes the steps
+        overhead, settled = watch.lap() - seconds, seconds / played.seconds
         for given in zip(*played[:3], strict=True):
             steps.append(sequences.enter(*given, passes, is_first))
             if len(steps) == 1:  # all that was guessed in a text was guessed for this one
@@ -220,7 +220,7 @@ class Call:
                 tell(drafter, steps[1:])
             seconds += watch.lap()
             if len(steps) == len(played.tokens):
-                self._observe(steps, _model_seconds(drafter) - before, seconds, overhead)
+                self._observe(steps, settled * (_model_seconds(drafter) - before), seconds, overhead)
             yield steps[-1]
             watch.lap()
 

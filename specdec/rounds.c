@@ -37,6 +37,7 @@ typedef struct {
     const int64_t *seeds;      /* [rows] */
     int64_t *starts;           /* [rows]: lengths of the texts */
     float *target_laws, *draft_laws; /* [rows, K + 1, vocabulary] and [rows, K, vocabulary] */
+    double *seconds; /* [most]: what each round took */
 } Rounds;
 
 static double now(void) {
@@ -141,7 +142,9 @@ int64_t rounds(Reader *target, Reader *draft, Rounds *r) {
             if (!decide(r, b, counts[b] - 1, logits, target->width, accepted + b, next + b)) return round;
         }
         draft->seconds += proposed - begun, target->seconds += read - proposed;
-        if (enter(target, draft, r, drafted, accepted, next)) return round + 1;
+        int64_t ended = enter(target, draft, r, drafted, accepted, next);
+        r->seconds[round] = now() - begun;
+        if (ended) return round + 1;
     }
     return r->most;
 }

@@ -55,18 +55,23 @@ class Rounds:
 
 
 class Played(NamedTuple):
-    """What rounds gave, [round][row]: tokens to be entered, how many were drafted and accepted; and what they took."""
+    """What rounds gave, [round][row]: tokens to be entered, how many were drafted and accepted; and what they took.
+
+    ``beginning``: by how many of their ``seconds`` the first rounds took longer than later ones, until the processor's
+    caches held what they need.
+    """
 
     tokens: list[list[list[int]]]
     drafted: list[list[int]]
     accepted: list[list[int]]
     seconds: float
+    beginning: float = 0.0
 
     def at_once(self) -> Played:
         """All of them as one, in which nothing was drafted."""
         rows = zip(*self.tokens, strict=True)
         tokens = [[[token for own in row for token in own] for row in rows]]
-        return Played(tokens, self.drafted[:1], self.accepted[:1], self.seconds)
+        return self._replace(tokens=tokens, drafted=self.drafted[:1], accepted=self.accepted[:1])
 
 
 class Reader(Structure):
@@ -86,7 +91,7 @@ class _Rounds(Structure):
                 ("limits", c_void_p), ("vocabulary", c_int64), ("texts", c_void_p), ("stride", c_int64),
                 *((name, c_void_p) for name in ("ends", "unread", "accepted", "stops")),
                 *((name, c_int64) for name in ("stop_count", "rule")),
-                *((name, c_void_p) for name in ("temperatures", "seeds", "starts", "target_laws", "draft_laws"))]  # fmt: skip
+                *((name, c_void_p) for name in ("temperatures", "seeds", "starts", "target_laws", "draft_laws", "seconds"))]  # fmt: skip
 
 
 @cache
@@ -119,16 +124,22 @@ def play(asked: Rounds, target: Reader, draft: Reader | None, unread: Sequence[i
         laws = (np.empty(rows * count * asked.vocab_size, dtype=np.float32) for count in (drafted + 1, drafted))
         floats = [np.array(asked.temperatures, dtype=np.float32), *laws]
     temperatures, *laws_at = (one.ctypes.data for one in floats)
+    taken = np.empty(asked.most)
     described = _Rounds(
         rows, asked.most, drafted, proposed, limits, asked.vocab_size, texts.ctypes.data, stride, ends, left,
         accepted.ctypes.data, stops, len(asked.stops), draws.RULES[asked.rule],
-        None if asked.temperatures is None else temperatures, seeds, starts, *laws_at,
+        None if asked.temperatures is None else temperatures, seeds, starts, *laws_at, taken.ctypes.data,
     )  # fmt: skip
     other = Reader() if draft is None else draft
     started = time.perf_counter()
     done = compiled.rounds(ctypes.byref(target), ctypes.byref(other), ctypes.byref(described))
     seconds = time.perf_counter() - started
-    return Played(*_played(asked, texts.tolist(), accepted[:done].tolist()), seconds)
+    return Played(*_played(asked, texts.tolist(), accepted[:done].tolist()), seconds, _beginning(taken[:done]))
+
+
+def _beginning(taken: NDArray[np.float64]) -> float:
+    """Seconds by which rounds that took so long took longer than as many like the later half of them."""
+    return max(0.0, float(taken.sum() - len(taken) * taken[len(taken) // 2 :].mean())) if len(taken) else 0.0
 
 
 def _integers(given: Any) -> NDArray[np.int64]:
