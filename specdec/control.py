@@ -41,7 +41,7 @@ _MOST_REST, _CARE = 1023, 0.005  # the longest one where deciding takes more tha
 _FIRST_CARE, _CLEAR_CARE, _FAR = 0.2, 0.02, 0.8
 _LONGEST_DOZE = 31  # the same where a look at the text may change the verdict at any token
 # Of the time while drafts pay, that share is lost by measuring plain decoding again: often where drafts gain little.
-_LOOKS, _LEAST_TRUST, _LONGEST_TRUST = 0.005, 8, 1024
+_LOOKS, _LEAST_TRUST, _LONGEST_TRUST = 0.01, 8, 1024
 _WORTH = 1.05  # how much faster than plain decoding drafts must promise to be to begin
 _STILL_WORTH = 1.02  # and to go on
 _NEARLY, _NEARLY_IF_DEAR = 1.01, 1.03  # of two choices that differ less, the one made before is kept
@@ -74,7 +74,9 @@ class Adaptive:
         self._since_settled = 0  # drafts since a plain step was measured well
         self._streak = Streak()
         self._step = 1.0  # plain steps that one as chosen takes
-        self._promise = 1.0  # how much faster than plain decoding the latest choice should be
+        self._promise = (
+            1.0  # how much faster than plain decoding the latest choice should be, what is read first left out
+        )
         self._lengths: list[int] = []
         self._kept = 0, 0  # depth and tokens of the latest choice but those aside
         self._decisions, self._is_aside = 0, False  # with drafts of a model; whether the latest one only measures
@@ -270,7 +272,7 @@ class Adaptive:
     def _knows_plain(self) -> bool:
         """Whether it is known what a plain step takes by now."""
         look, gain = _MEASURED_PASSES if self._is_dear else 2, max(1 - 1 / self._promise, 1e-3)
-        trust = look * gain / _LOOKS / self._step
+        trust = (look * gain + 2 * self._deciding) / _LOOKS / self._step  # it is decided before and after
         return self.costs.knows(self._rows, 0) and self._since_settled < min(max(trust, _LEAST_TRUST), _LONGEST_TRUST)
 
     def _decide(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> None:
@@ -330,12 +332,13 @@ class Adaptive:
         drafts = self.costs.drafts(self._rows, most)
         passes[1:] += self._care
         plain, model_free = float(passes[0]), np.zeros_like(runs_model)
-        plan, is_free = None, True
+        plan, is_free, reading = None, True, 0.0
         if not runs_model.all():
             plans = Plans(survival * ~runs_model[:, None], passes, drafts * 0, model_free)
             plan = plans.best()
         if self._runs_model is not None:
-            drafts[1:] += self.costs.reading * self._unread(sequences.rows) / left
+            reading = self.costs.reading * self._unread(sequences.rows) / left
+            drafts[1:] += reading
             both = Plans(survival, passes, drafts, runs_model)
             with_model = both.best()
             if with_model is not None and (plan is None or with_model.seconds < plan.seconds):
@@ -345,9 +348,10 @@ class Adaptive:
                 if before is not None and before.seconds < nearly * plan.seconds:
                     plan = before  # looking less often is worth more
         seconds = plain if plan is None else plan.seconds
-        self._promise = plain / seconds
+        first = 0.0 if plan is None or is_free else reading / float(passes[plan.tokens] + drafts[plan.depth])
+        self._promise = plain / (seconds * (1 - first))
         self.decisions.expected, self.decisions.plain = self._rows / min(seconds, plain), self._rows / plain
-        if plan is None or self._promise < (_STILL_WORTH if any(self._lengths) else _WORTH):
+        if plan is None or plain / seconds < (_STILL_WORTH if any(self._lengths) else _WORTH):
             return none
         self._kept = plan.depth, plan.tokens
         if not (tries or is_free or self._is_restless):

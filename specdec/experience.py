@@ -11,7 +11,9 @@ MOST_DRAFT_TOKENS = 15  # of a draft whose length is chosen; with the last token
 
 _PRIOR = 0.6  # chance of acceptance of a token of which nothing is known
 _ROW_MEMORY, _COMMON_MEMORY = 0.9, 0.995  # what is left of evidence after each further draft, of one row and of all
-_EVIDENCE = 4.0  # how many drafts' worth of evidence a row needs to be judged by its own past half and half
+_EVIDENCE = 4.0  # drafts that weigh as much as what is believed before
+# Drafts of a row that weigh as much as those of all rows; with fewer the next 32 of it are predicted worse.
+_OWN_EVIDENCE = 6.0
 _WORSE = 0.75  # of what was expected of a row: that it got less is not put down to chance
 
 Table = NDArray[np.float64]
@@ -49,7 +51,7 @@ class Experience:
         if pooled and self._chain:  # a row that fares clearly worse than others where it was seen does so elsewhere
             share = (own[:, 0].sum(1) + _EVIDENCE) / ((own[:, 1] * prior).sum(1) + _EVIDENCE)
             prior = prior * np.where(share < _WORSE, share, 1.0)[:, None]
-        return _rate(own, prior)
+        return _rate(own, prior, _OWN_EVIDENCE if pooled else _EVIDENCE)
 
     def _common_rates(self) -> Table:
         if self._common_known is None:
@@ -117,7 +119,7 @@ def _reached(ends: Sequence[Sequence[float]]) -> Table:
     return found
 
 
-def _rate(table: Table, prior: Table) -> Table:
+def _rate(table: Table, prior: Table, evidence: float = _EVIDENCE) -> Table:
     """Of a table [..., 2, N]."""
-    rate: Table = (table[..., 0, :] + _EVIDENCE * prior) / (table[..., 1, :] + _EVIDENCE)
+    rate: Table = (table[..., 0, :] + evidence * prior) / (table[..., 1, :] + evidence)
     return rate
