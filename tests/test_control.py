@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdec import Engine, Settings, control, experience
+from specdec import Engine, Settings, choice, experience
 from specdec.control import Adaptive
 from specdec.costs import Costs, read_costs, write_costs
 from specdec.draft import Outlook
@@ -188,7 +188,7 @@ def test_drafts_that_cost_nothing_are_made_where_a_models_do_not_pay() -> None:
     costs.count_draft(2, 1, 5.0)
     assert world.controller.choose(world.sequences, Both()) == [3, 0]  # type: ignore[arg-type]
     cheap = World(rows=2)
-    cheap.controller.costs = Costs.from_dict(costs.as_dict())
+    cheap.controller = Adaptive(Costs.from_dict(costs.as_dict()))
     for _ in range(5):
         cheap.controller.costs.count_draft(2, 1, 0.001)
     assert cheap.controller.choose(cheap.sequences, Both()) == [3, 3]  # type: ignore[arg-type]
@@ -279,7 +279,8 @@ def test_guesses_that_were_not_proposed_are_judged_too() -> None:
     """So that a lookup which does not pay is noticed when it begins to."""
     drafter = SuffixDrafter()
     engine = Engine(TableLM(random_table(6, seed=3), context=512), drafter)
-    engine.controller("auto", greedy=True)._best = lambda *given: ([0], True, False)  # type: ignore[attr-defined]
+    controller: Any = engine.controller("auto", greedy=True)
+    controller._chooser.choose = lambda given, before: before.given_up(1)
     output = engine.generate([[1, 2, 1, 2]], max_new_tokens=200)
     assert output.stats.num_draft_tokens == 0
     assert drafter.experience.rates([-1])[0].max() > 0.9
@@ -298,7 +299,7 @@ def test_a_probe_may_meet_a_number_of_rows_of_which_nothing_is_known() -> None:
 def test_rows_may_leave_while_it_tries() -> None:
     """Of the fewer rows that are left nothing is known, not even what a plain step takes."""
     world = World(rows=4)
-    while not world.controller._tries:
+    while not world.controller._choice.is_try:
         world.step()
     world.begin(3)
     world.sequences.draft_limits = lambda: [100] * 3
@@ -401,12 +402,15 @@ def test_costs_of_rows_of_which_little_is_known_are_those_of_others() -> None:
 
 def test_neighbours_of_a_choice_are_measured_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     oldest = []
-    for every in (control._ASIDE, 1 << 30):
-        monkeypatch.setattr(control, "_ASIDE", every)
+    for every in (choice._ASIDE, 1 << 30):
+        monkeypatch.setattr(choice, "_ASIDE", every)
         world = World(accepted=0.8, draft=0.05, token=0.02)
-        world.run(1500)
-        depth = world.controller._kept[0]
-        oldest.append(min(world.controller.costs.age(1, near) for near in (depth // 2, 2 * depth)))
+        ages = []
+        for _ in range(9):
+            world.run(500)
+            depth = world.controller._chooser.kept[0]
+            ages.append(min(world.controller.costs.age(1, near) for near in (depth // 2, 2 * depth)))
+        oldest.append(np.median(ages[3:]))
         assert world.run(600) > 0.95 * world.best
     assert oldest[0] < 300 < oldest[1]
 
@@ -417,8 +421,8 @@ def test_refusals_that_are_to_be_expected_change_nothing(monkeypatch: pytest.Mon
     decide = Adaptive._decide
     monkeypatch.setattr(Adaptive, "_decide", lambda self, *given: (decided.append(1), decide(self, *given))[1])
     counts = []
-    for unlikely in (control._UNLIKELY, 0.999):
-        monkeypatch.setattr(control, "_UNLIKELY", unlikely)
+    for unlikely in (choice._UNLIKELY, 0.999):
+        monkeypatch.setattr(choice, "_UNLIKELY", unlikely)
         world = World(accepted=0.5, draft=0.02)
         world.run(500)
         decided.clear()

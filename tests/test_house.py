@@ -40,6 +40,7 @@ LAYERS = [
     ["lm"],
     ["sequences", "scoring"],
     ["controller", "judge", "ledger"],
+    ["choice", "pacing"],
     ["control"],
     ["drafters", "requests", "training"],
     ["encoded", "admission", "ahead"],

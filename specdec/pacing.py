@@ -1,0 +1,65 @@
+"""How often it is decided: seldom where deciding takes long beside a step, and where drafts do not pay."""
+
+from __future__ import annotations
+
+_CARED = 0.02  # weight of the latest step in what deciding takes per step
+LONGEST_STAY = 64  # steps that a choice is kept
+_DEAR = 0.05  # share of a plain step that a decision takes, from which it is dear
+
+# Plain passes that follow the first one after it was found best; twice as many each time again, all together powers of two.
+_REST, _LONGEST_REST = 3, 63
+_LONGEST_DOZE = 31  # the longest where a look at the text may change the verdict at any token
+_MOST_REST, _CARE = 1023, 0.005  # the longest where deciding takes more than that share of the rest
+# The first one where deciding is dear: that share of it goes into deciding, less where drafts promised less than _FAR.
+_FIRST_CARE, _CLEAR_CARE, _FAR = 0.2, 0.02, 0.8
+
+
+class Thought:
+    """What it takes to decide and to learn, and to begin rounds as chosen.
+
+    share: plain steps whose time a decision takes; care: seconds per drafted step, if a choice is kept for long.
+    """
+
+    def __init__(self) -> None:
+        self.share = self.care = 0.0
+        self._seconds = 0.0  # since anything was learned
+
+    @property
+    def is_dear(self) -> bool:
+        """Whether deciding takes a good share of a plain step."""
+        return self.share > _DEAR
+
+    def add(self, seconds: float) -> None:
+        """It took as long as that."""
+        self._seconds += seconds
+
+    def spread(self, drafted_steps: int) -> None:
+        """Something was learned from so many steps that drafted as chosen, or from others (0)."""
+        if drafted_steps:
+            fades = (1 - _CARED) ** drafted_steps
+            self.care = fades * self.care + (1 - fades) * self._seconds / max(drafted_steps, LONGEST_STAY)
+        self._seconds = 0.0
+
+
+class Rest:
+    """Plain passes in which nothing is thought about, ``left`` of them: more each time again that drafts do not pay."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        self._next = _REST
+
+    def begin(self, thought: Thought, promise: float, *, may_change: bool) -> None:
+        """Drafts promise so much of what plain decoding brings. ``may_change``: with any token that comes."""
+        longest = _LONGEST_DOZE if may_change and not thought.is_dear else _LONGEST_REST
+        longest = max(longest, min(int(thought.share / _CARE), _MOST_REST))
+        first = int(thought.share / (_CLEAR_CARE if promise < _FAR else _FIRST_CARE))
+        self.left = max(self._next, min(first, longest))
+        self._next = min(2 * self.left + 1, longest)
+
+    def add(self, passes: int) -> None:
+        """So many of them were done."""
+        self.left = max(0, self.left - passes)
+
+    def end(self) -> None:
+        """Drafts are made again; the next one is short."""
+        self.left, self._next = 0, _REST
