@@ -45,7 +45,7 @@ class Choice(NamedTuple):
     """How many tokens to draft for every row, and what is believed of that.
 
     is_free: rows whose drafts cost passes of a model go without; is_try: it is but to see what passes cost; is_aside: it
-    measures a neighbour of what seems best. promise: how much faster than plain decoding the best should be, what a draft
+    measures a neighbour of what seems best; is_look: it measures plain decoding between drafts. promise: how much faster than plain decoding the best should be, what a draft
     model must read first left out; step: plain steps that one as chosen takes; patience: steps in a row without an
     accepted token that are too many; expected, plain: tokens per second.
     """
@@ -54,6 +54,7 @@ class Choice(NamedTuple):
     is_free: bool = True
     is_try: bool = False
     is_aside: bool = False
+    is_look: bool = False
     promise: float = 1.0
     step: float = 1.0
     patience: int = _REFUSED
@@ -65,9 +66,10 @@ class Choice(NamedTuple):
         """Whether anything is drafted."""
         return any(self.lengths)
 
-    def given_up(self, rows: int) -> Choice:
-        """Plain decoding of so many rows instead; what was believed is still believed."""
-        return self._replace(lengths=[0] * rows, is_free=True, is_try=False, is_aside=False)
+    def given_up(self, rows: int, *, is_look: bool = False) -> Choice:
+        """Plain decoding of so many rows instead, for a look or as drafts do not pay; what was believed is still believed."""
+        is_look = is_look and (self.drafts or self.is_look)
+        return self._replace(lengths=[0] * rows, is_free=True, is_try=False, is_aside=False, is_look=is_look)
 
 
 class _Best(NamedTuple):
@@ -113,7 +115,7 @@ class Chooser:
             promise=plain / (seconds * (1 - first)), step=taken / plain,
             expected=rows / min(seconds, plain), plain=rows / plain,
         )  # fmt: skip
-        if plain / seconds < (_STILL_WORTH if before.drafts else _WORTH):
+        if plain / seconds < (_STILL_WORTH if before.drafts or before.is_look else _WORTH):
             return found
         return self._chosen(given, survival, best, found._replace(is_try=not known))
 

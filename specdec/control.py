@@ -171,9 +171,9 @@ class Adaptive:
         by_model = sum(timed.draft_seconds for timed in spell)
         drafts, latest = self._streak.drafts, self._choice
         is_try = drafts and (latest.is_try or by_model > 0 and (latest.is_free or not latest.drafts))
-        self._thought.spread(count if drafts and not is_try else 0)
+        deciding = self._thought.spread(count if drafts and not is_try else 0)
         self.decisions.probes += sum(timed.passes for timed in spell) * is_try
-        self._ledger.enter(spell, is_try=is_try)
+        self._ledger.enter(spell, is_try=is_try, deciding=deciding)
         if not is_try:
             self._wait = _FIRST_WAIT if by_model else self._wait
             self._look_at_losses(rows)
@@ -250,25 +250,25 @@ class Adaptive:
             outlook = foresight.outlook(sequences, limits, self._price())
         else:
             outlook = Outlook(self._experience.survival(self._ids, limits), np.ones(len(limits), dtype=bool))
-        before, kept = self._choice, self._chooser.kept
+        before, kept, left = self._choice, self._chooser.kept, self._left(sequences)
         self._has_model = bool(outlook.runs_model.any())
-        self._choice = before.given_up(self._rows)
+        self._choice = before.given_up(self._rows, is_look=True)
         if self._knows_plain:
-            left, unread, care = self._left(sequences), self._unread(sequences.rows), self._thought.care
-            given = Situation(outlook, left, unread, care, self._thought.is_dear, self._is_restless)
+            unread, thought = self._unread(sequences.rows), self._thought
+            given = Situation(outlook, left, unread, thought.care, thought.is_dear, self._is_restless)
             self._choice = self._chooser.choose(given, before)
             self.decisions.expected, self.decisions.plain = self._choice.expected, self._choice.plain
         is_same = (kept, before.is_free) == (self._chooser.kept, self._choice.is_free)
-        self._settle(outlook if foresight is not None else None, is_same=is_same)
+        self._settle(outlook if foresight is not None else None, int(left) if left < LEAST_LEFT else None, is_same)
         if self.costs.knows(self._rows, 0):
             plain = float(self.costs.passes(self._rows, 0)[0])
             self._thought.share = (time.perf_counter() - started) / plain
         self._holds = 1 + self._rest.left if self._knows_plain else _MEASURED_PASSES
 
-    def _settle(self, outlook: Outlook | None, *, is_same: bool) -> None:
+    def _settle(self, outlook: Outlook | None, left: int | None, is_same: bool) -> None:
         """For how long to stay with the choice that was just made, the same as before or another one.
 
-        outlook: what a drafter has seen, if it has; it changes with every token.
+        outlook: what a drafter has seen, if it has; it changes with every token. left: tokens before the rows' ends, if few.
         """
         chosen, is_dear = self._choice, self._thought.is_dear
         if not chosen.is_aside:
@@ -286,7 +286,7 @@ class Adaptive:
             self._experience.fade(row for row, length in zip(self._ids, chosen.lengths, strict=True) if not length)
         elif self._knows_plain:
             self._experience.fade(self._ids)
-            self._rest.begin(self._thought, chosen.promise, may_change=outlook is not None)
+            self._rest.begin(self._thought, chosen.promise, left, may_change=outlook is not None)
             self._age = 0
 
     def _probe_steps(self, sequences: Sequences) -> int:

@@ -9,7 +9,7 @@ from specdec.costs import Costs
 from specdec.sequences import Step
 
 _LOST_SHARE = 0.005  # of all time may be lost by drafting that promised to pay
-_MOST_LOST = 20.0  # plain steps whose time it may lose beyond it
+_MOST_LOST, _MOST_THOUGHT = 12.0, 2.5e-3  # plain steps whose time it may lose beyond it, and seconds for deciding
 _TRUST = 0.25  # how much of what may be lost must have come together before drafts that lost it are made again
 _PROBE_SHARE = 0.006  # of all time may be lost by trying
 _GRACE = 8.0  # plain steps whose time it may lose beyond it
@@ -61,7 +61,7 @@ class Account:
     """
 
     def __init__(self, plain: float) -> None:
-        self.left = _MOST_LOST * plain
+        self.left = _most(plain)
         self.is_spent = False
         self._tokens = self._seconds = 0.0  # of the steps that drafted since it was full
 
@@ -71,23 +71,28 @@ class Account:
             self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
             self.left += tokens * plain - seconds
         self.left += _LOST_SHARE * seconds
-        if self.left >= _MOST_LOST * plain:
-            self.left, self._tokens, self._seconds = _MOST_LOST * plain, 0.0, 0.0
+        if self.left >= _most(plain):
+            self.left, self._tokens, self._seconds = _most(plain), 0.0, 0.0
         self._judge(plain)
 
     def book_try(self, seconds: float, plain: float, tokens: float) -> None:
         """The same of a step that was a try: what it gained counts; what it lost is bounded elsewhere."""
-        self.left = min(_MOST_LOST * plain, self.left + max(0.0, tokens * plain - seconds))
+        self.left = min(_most(plain), self.left + max(0.0, tokens * plain - seconds))
         self._judge(plain)
 
     def _judge(self, plain: float) -> None:
-        self.is_spent = self.left <= 0 or self.is_spent and self.left < _TRUST * _MOST_LOST * plain
+        self.is_spent = self.left <= 0 or self.is_spent and self.left < _TRUST * _most(plain)
 
     def settle(self, plain: float) -> None:
         """A plain step takes ``plain`` seconds, as was just measured: if drafts gained after all, nothing is lost."""
         if self._tokens * plain > self._seconds:
-            self.left, self.is_spent = _MOST_LOST * plain, False
+            self.left, self.is_spent = _most(plain), False
         self._tokens = self._seconds = 0.0
+
+
+def _most(plain: float) -> float:
+    """Seconds that may be lost where a plain step takes ``plain``."""
+    return _MOST_LOST * plain + _MOST_THOUGHT
 
 
 class Ledger:
@@ -114,8 +119,8 @@ class Ledger:
         allowed = _PROBE_SHARE * self._elapsed + _GRACE * float(self._costs.passes(rows, 0)[0])
         return allowed - self._tried
 
-    def enter(self, spell: Sequence[Timed], *, is_try: bool) -> None:
-        """Enter steps of the same rows that drafted alike; whether only to see what that takes."""
+    def enter(self, spell: Sequence[Timed], *, is_try: bool, deciding: float = 0.0) -> None:
+        """Enter steps of the same rows that drafted alike; whether only to see what that takes. It took ``deciding`` besides."""
         first, rows, count = spell[0].steps[0], len(spell[0].steps[0].rows), sum(timed.passes for timed in spell)
         brought = sum(sum(step.committed) for timed in spell for step in timed.steps) / rows
         fades = (1 - _NEW) ** count
@@ -134,11 +139,12 @@ class Ledger:
             self._account.book(rested, plain, None)
         if is_try:
             reading = self._costs.reading * sum(timed.unread for timed in spell)
-            self.last_try = max(0.0, seconds - brought * plain)
+            self.last_try = max(0.0, seconds + deciding - brought * plain)
             self._tried += self.last_try + min(reading, most)
             self._account.book_try(seconds, plain, brought)
         else:  # what a draft model had to read was weighed before
-            self._account.book(seconds, plain, brought if any(first.drafted) else None)
+            drafts = any(first.drafted)
+            self._account.book(seconds + deciding * drafts, plain, brought if drafts else None)
 
     def settle(self, rows: int) -> None:
         """It was measured what plain steps take: whether drafts lost after all is judged by that."""

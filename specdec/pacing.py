@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _CARED = 0.02  # weight of the latest step in what deciding takes per step
-LONGEST_STAY = 64  # steps that a choice is kept
+LONGEST_STAY, _LONG = 128, 32  # steps that a choice is kept
 _DEAR = 0.05  # share of a plain step that a decision takes, from which it is dear
 
 # Plain passes that follow the first one after it was found best; twice as many each time again, all together powers of two.
@@ -17,7 +17,7 @@ _FIRST_CARE, _CLEAR_CARE, _FAR = 0.2, 0.02, 0.8
 class Thought:
     """What it takes to decide and to learn, and to begin rounds as chosen.
 
-    share: plain steps whose time a decision takes; care: seconds per drafted step, if a choice is kept for long.
+    share: plain steps whose time a decision takes; care: seconds per drafted step where a choice is kept for long.
     """
 
     def __init__(self) -> None:
@@ -33,12 +33,13 @@ class Thought:
         """It took as long as that."""
         self._seconds += seconds
 
-    def spread(self, drafted_steps: int) -> None:
-        """Something was learned from so many steps that drafted as chosen, or from others (0)."""
-        if drafted_steps:
+    def spread(self, drafted_steps: int) -> float:
+        """Something was learned from so many steps that drafted as chosen, or from others (0): what was taken since."""
+        if drafted_steps >= _LONG:  # while lengths are tried it takes more
             fades = (1 - _CARED) ** drafted_steps
             self.care = fades * self.care + (1 - fades) * self._seconds / max(drafted_steps, LONGEST_STAY)
-        self._seconds = 0.0
+        taken, self._seconds = self._seconds, 0.0
+        return taken
 
 
 class Rest:
@@ -48,12 +49,18 @@ class Rest:
         self.left = 0
         self._next = _REST
 
-    def begin(self, thought: Thought, promise: float, *, may_change: bool) -> None:
-        """Drafts promise so much of what plain decoding brings. ``may_change``: with any token that comes."""
+    def begin(self, thought: Thought, promise: float, most: int | None, *, may_change: bool) -> None:
+        """Drafts promise so much of what plain decoding brings. ``may_change``: with any token that comes.
+
+        ``most``: until rows end that have too little before them to say anything of others.
+        """
         longest = _LONGEST_DOZE if may_change and not thought.is_dear else _LONGEST_REST
         longest = max(longest, min(int(thought.share / _CARE), _MOST_REST))
         first = int(thought.share / (_CLEAR_CARE if promise < _FAR else _FIRST_CARE))
         self.left = max(self._next, min(first, longest))
+        if most is not None:
+            self.left = min(self.left, most)
+            return
         self._next = min(2 * self.left + 1, longest)
 
     def add(self, passes: int) -> None:
