@@ -30,13 +30,15 @@ class Situation(NamedTuple):
 
     outlook of up to N tokens; left: tokens that a row may still get, on the mean; unread: tokens that a draft model must
     read before it can draft, of all rows; care: seconds per drafted step that deciding takes; is_dear: whether a decision
-    takes a good share of a plain step; is_restless: whether something is decided at every step.
+    takes a good share of a plain step; alone: seconds that a step takes longer where
+    not all guesses are a model's; is_restless: whether something is decided at every step.
     """
 
     outlook: Outlook
     left: float
     unread: int
     care: float
+    alone: float
     is_dear: bool
     is_restless: bool
 
@@ -102,7 +104,7 @@ class Chooser:
         passes = self._costs.passes(rows, min(total, max(rows, 2 * known)) if known else total)
         passes = passes if known else np.full_like(passes, passes[0])
         drafts = self._costs.drafts(rows, most)
-        passes[1:] += given.care
+        passes[1:] += given.care + given.alone * (not runs_model.all())
         reading = self._costs.reading * given.unread / given.left if runs_model.any() else 0.0
         drafts[1:] += reading
         plain, best = float(passes[0]), self._best(given, survival, passes, drafts, before)

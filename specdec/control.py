@@ -10,7 +10,7 @@ import numpy as np
 from specdec.choice import LEAST_LEFT, PROBE_TOKENS, Choice, Chooser, Situation
 from specdec.controller import DEFAULT_DRAFT_TOKENS
 from specdec.costs import Costs
-from specdec.draft import Drafter, Foresight, Outlook
+from specdec.draft import Drafter, Foresight, Outlook, Prices
 from specdec.experience import MOST_DRAFT_TOKENS, Experience
 from specdec.ledger import Ledger, Streak, Timed
 from specdec.pacing import LONGEST_STAY, Rest, Thought
@@ -198,6 +198,8 @@ class Adaptive:
         is_settled = timed.is_settled
         if width:
             self._since_settled += count
+            if not draft_seconds and self.costs.knows(rows, drafted):
+                self._thought.count_alone(seconds - float(self.costs.passes(rows, drafted)[drafted]))
         else:
             if is_settled or not self.costs.knows(rows, 0):
                 self._since_settled = 0
@@ -220,13 +222,20 @@ class Adaptive:
         """About how many tokens a draft model has to read before it can draft as usual."""
         return sum(self._since if row.id in self._has_read else len(row.tokens) for row in rows)
 
-    def _price(self) -> float:
-        """What the time of one token of a model's usual draft could have brought instead, in tokens per row."""
+    def _prices(self) -> Prices:
+        """What the time of one token of a model's usual draft, and of a step alone, could have brought instead."""
         if not self.costs.knows(self._rows, 0):
-            return 0.0
+            return Prices()
         seconds = self._ledger.seconds or float(self.costs.passes(self._rows, 0)[0])
         draft = float(self.costs.drafts(self._rows, DEFAULT_DRAFT_TOKENS)[-1]) / DEFAULT_DRAFT_TOKENS
-        return draft / seconds * self._ledger.brought
+        worth = self._ledger.brought / seconds
+        return Prices(draft * worth, self._alone * worth)
+
+    @property
+    def _alone(self) -> float:
+        """Seconds that a step takes longer whose guesses are looked up: it runs alone, and is decided alone."""
+        deciding = self._thought.share * float(self.costs.passes(self._rows, 0)[0])
+        return self._thought.alone + deciding * self._thought.is_dear
 
     @property
     def _least_stay(self) -> int:
@@ -247,7 +256,7 @@ class Adaptive:
         started = time.perf_counter()
         self._end_spell()
         if foresight is not None:
-            outlook = foresight.outlook(sequences, limits, self._price())
+            outlook = foresight.outlook(sequences, limits, self._prices())
         else:
             outlook = Outlook(self._experience.survival(self._ids, limits), np.ones(len(limits), dtype=bool))
         before, kept, left = self._choice, self._chooser.kept, self._left(sequences)
@@ -255,7 +264,7 @@ class Adaptive:
         self._choice = before.given_up(self._rows, is_look=True)
         if self._knows_plain:
             unread, thought = self._unread(sequences.rows), self._thought
-            given = Situation(outlook, left, unread, thought.care, thought.is_dear, self._is_restless)
+            given = Situation(outlook, left, unread, thought.care, self._alone, thought.is_dear, self._is_restless)
             self._choice = self._chooser.choose(given, before)
             self.decisions.expected, self.decisions.plain = self._choice.expected, self._choice.plain
         is_same = (kept, before.is_free) == (self._chooser.kept, self._choice.is_free)

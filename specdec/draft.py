@@ -86,14 +86,20 @@ class Outlook(NamedTuple):
     runs_model: NDArray[np.bool_]
 
 
+class Prices(NamedTuple):
+    """What time is worth in accepted tokens per row: that of a model for each token that it drafts; and by how much longer
+    a step takes that must run alone, as guesses come from elsewhere, than one of several that a model drafts by itself.
+    """
+
+    token: float = 0.0
+    alone: float = 0.0
+
+
 class Foresight(Protocol):
     """A drafter that knows more of its next draft than how the last ones fared; others need not have this."""
 
-    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
-        """What to expect of up to ``most[b]`` tokens of each row; a ``propose`` that follows proposes just them.
-
-        ``price``: how many accepted tokens the time is worth that a model takes to draft one.
-        """
+    def outlook(self, sequences: Sequences, most: list[int], prices: Prices) -> Outlook:
+        """What to expect of up to ``most[b]`` tokens of each row; a ``propose`` that follows proposes just them."""
 
 
 class SeesRounds(Protocol):

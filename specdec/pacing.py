@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_CARED = 0.02  # weight of the latest step in what deciding takes per step
+_CARED, _ALONE = 0.02, 0.1  # weight of the latest step in what deciding takes per step, and in what one alone takes
 LONGEST_STAY, _LONG = 128, 32  # steps that a choice is kept
 _DEAR = 0.05  # share of a plain step that a decision takes, from which it is dear
 
@@ -21,7 +21,7 @@ class Thought:
     """
 
     def __init__(self) -> None:
-        self.share = self.care = 0.0
+        self.share = self.care = self._alone = 0.0
         self._seconds = 0.0  # since anything was learned
 
     @property
@@ -32,6 +32,15 @@ class Thought:
     def add(self, seconds: float) -> None:
         """It took as long as that."""
         self._seconds += seconds
+
+    @property
+    def alone(self) -> float:
+        """By how many seconds longer a step takes that does not run with others."""
+        return max(0.0, self._alone)
+
+    def count_alone(self, seconds: float) -> None:
+        """A step that ran alone took so much longer."""
+        self._alone += _ALONE * (seconds - self._alone)
 
     def spread(self, drafted_steps: int) -> float:
         """Something was learned from so many steps that drafted as chosen, or from others (0): what was taken since."""

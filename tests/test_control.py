@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdec import Engine, Settings, choice, experience
+from specdec import Engine, Settings, choice, experience, pacing
 from specdec.control import Adaptive
 from specdec.costs import Costs, read_costs, write_costs
-from specdec.draft import Outlook
+from specdec.draft import Outlook, Prices
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import ConfigError
@@ -29,16 +29,16 @@ class World:
     """A machine with given costs and a drafter with a given chance of acceptance; time is counted, not spent.
 
     A plain step takes 1 second; others ``token`` more for each further token of a pass, ``draft`` for drafting each,
-    and ``book`` for what is done besides. A draft model takes ``reading`` for every token that it has not read; rows
+    and ``book`` for what is done besides; to begin a step that drafts takes ``begin_seconds``. A draft model takes ``reading`` for every token that it has not read; rows
     end after 256 new ones. Times are disturbed by a factor of about 1 +- ``noise``.
     """
 
     def __init__(
         self, *, rows: int = 1, accepted: float = 0.7, draft: float = 0.05, token: float = 0.02, book: float = 0.0,
-        reading: float = 0.0, noise: float = 0.0,
+        reading: float = 0.0, noise: float = 0.0, begin_seconds: float = 0.0,
     ) -> None:  # fmt: skip
         self.accepted, self.draft, self.token, self.book = accepted, draft, token, book
-        self.reading, self.noise = reading, noise
+        self.reading, self.noise, self.begin_seconds = reading, noise, begin_seconds
         self.controller = Adaptive(Costs())
         self.random = np.random.default_rng(0)
         self.sequences: Any = SimpleNamespace(draft_limits=lambda: [100] * rows)
@@ -74,8 +74,9 @@ class World:
         drafting += self.reading * self.unread * (width > 0)
         self.unread = 0 if width else self.unread + self.rows
         disturbed = np.exp(self.noise * self.random.standard_normal() - self.noise**2 / 2)
-        self.controller.observe([done], drafting * disturbed, verifying * disturbed)  # type: ignore[arg-type]
-        self.seconds += (drafting + verifying) * disturbed
+        beginning = self.begin_seconds * (width > 0)
+        self.controller.observe([done], drafting * disturbed, verifying * disturbed, beginning)  # type: ignore[arg-type]
+        self.seconds += (drafting + verifying) * disturbed + beginning
         self.tokens += sum(done.committed)
         self.lengths.append(width)
         for row, count in zip(self.sequences.rows, done.committed, strict=True):
@@ -174,8 +175,8 @@ def test_drafts_that_cost_nothing_are_made_where_a_models_do_not_pay() -> None:
     """Two rows: a lookup is sure of the first, a model's slow passes would serve the second."""
 
     class Both:
-        def outlook(self, sequences: Any, most: list[int], price: float) -> Outlook:
-            assert price >= 0
+        def outlook(self, sequences: Any, most: list[int], prices: Prices) -> Outlook:
+            assert min(prices) >= 0
             return Outlook(np.array([[0.9, 0.8, 0.7], [0.5, 0.25, 0.12]]), np.array([False, True]))
 
         propose = None
@@ -347,6 +348,17 @@ def test_what_drafts_lose_is_bounded_whatever_they_promise(monkeypatch: pytest.M
     assert world.run(3000) < 0.9 * world.fixed(0)
 
 
+def test_what_it_takes_to_decide_and_to_begin_is_lost_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes and drafts alone would pay, and what else steps take is not learned, but the account is kept."""
+    monkeypatch.setattr(pacing, "_LONG", 1 << 30)
+    world = World(accepted=0.6, begin_seconds=1.3)
+    assert World(accepted=0.6).fixed(2) > 1.5 * world.fixed(0)
+    assert world.run(3000) > 0.97 * world.fixed(0)
+    monkeypatch.setattr(Account, "book", lambda *given: None)
+    world = World(accepted=0.6, begin_seconds=1.3)
+    assert world.run(3000) < 0.9 * world.fixed(0)
+
+
 def test_a_machine_that_slows_down_is_no_loss_of_drafts() -> None:
     """Another program takes half of it while drafts are made; plain decoding was last measured before that."""
     world = World(accepted=0.8, noise=0.15)
@@ -474,10 +486,10 @@ def test_a_drafted_token_is_priced_as_one_of_a_usual_draft_by_what_steps_bring_n
     world = World(accepted=1.0, draft=0.1, token=0.02)
     world.run(300)
     step = 15 * 0.1 + 1.0 + 15 * 0.02
-    assert world.controller._price() == pytest.approx(0.1 * 16 / step, rel=0.05)
+    assert world.controller._prices().token == pytest.approx(0.1 * 16 / step, rel=0.05)
     for _ in range(8):
         world.controller.costs.count_draft(1, 1, 0.4)  # one token alone
-    assert world.controller._price() < 0.2 * 16 / step
+    assert world.controller._prices().token < 0.2 * 16 / step
 
 
 def test_what_is_told_of_costs_can_be_changed_without_changing_them() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from specdec import Engine, Output
 from specdec import ahead as ahead_module
+from specdec.controller import FixedLength
 from specdec.drafters.automaton import NOTHING
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
@@ -20,7 +22,7 @@ from specdec.lm.base import CachedLM
 from specdec.lm.cpu import CpuLM
 from specdec.lm.native import NativeLM
 from specdec.nn.gpt import GPT
-from specdec.rounds import Played, Rounds
+from specdec.rounds import Played, Rounds, _beginning
 from toys import noisy, tiny_gpt
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11], [12] * 20, [13, 14], [15, 3], [16, 60, 2]]
@@ -284,3 +286,39 @@ def test_slow_models_are_not_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead_module, "_MOST_SECONDS", 1e-9)
     Engine(CpuLM(models()[0])).generate(PROMPTS[:2], max_new_tokens=20)
     assert not counted.calls
+
+
+@pytest.mark.parametrize(
+    ("taken", "beginning"),
+    [([5.0, 3.0, 1.0, 1.0], 6.0), ([4.0, 1.0, 1.0], 3.0), ([1.0], 0.0), ([1.0, 2.0], 0.0), ([], 0)],
+)
+def test_first_rounds_take_longer_by_what_later_ones_do_not(taken: list[float], beginning: float) -> None:
+    assert _beginning(np.array(taken)) == beginning
+
+
+def test_whoever_chooses_lengths_is_told_what_settled_rounds_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a second is said to go into beginning each time, of three."""
+    given: list[tuple[float, float]] = []
+    played_any: list[bool] = []
+
+    class Told(FixedLength):
+        def observe(self, steps: Any, draft_seconds: float, step_seconds: float, overhead: float = 0.0) -> None:
+            if played_any:
+                played_any.clear()
+                given.append((draft_seconds + step_seconds, overhead))
+
+    play = CpuLM.play
+
+    def played(lm: CachedLM, asked: Rounds, draft: CachedLM | None) -> Played | None:
+        found = play(lm, asked, draft)  # type: ignore[arg-type]
+        played_any.extend([True] * (found is not None))
+        return None if found is None else found._replace(seconds=3.0, beginning=1.0)
+
+    monkeypatch.setattr(CpuLM, "play", played)
+    monkeypatch.setattr(ahead_module, "_MOST_SECONDS", 1e9)
+    target, draft = models()
+    for count in (0, 4):
+        monkeypatch.setattr(Engine, "controller", lambda *given, count=count, greedy: Told(count))
+        given.clear()
+        Engine(CpuLM(target), ModelDrafter(CpuLM(draft))).generate(PROMPTS[:2], max_new_tokens=40)
+        assert given and all(2.0 <= seconds < 2.5 and overhead < 0 for seconds, overhead in given)

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from specdec.draft import Outlook
+from specdec.draft import Outlook, Prices
 from specdec.drafters.grown import MOST_TREE_TOKENS, Trees
 from specdec.lm.base import CachedLM
 from specdec.lm.cache import Memory
@@ -96,7 +96,7 @@ class TreesOfHead(FeatureDrafter):
         vars(found).update(vars(drafter), trees=Trees())
         return found
 
-    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
+    def outlook(self, sequences: Sequences, most: list[int], prices: Prices) -> Outlook:
         return self.trees.outlook(sequences, most)
 
     def observe(self, step: Step) -> None:

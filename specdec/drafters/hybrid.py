@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specdec.draft import Draft, Drafter, Outlook
+from specdec.draft import Draft, Drafter, Outlook, Prices
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.experience import MOST_DRAFT_TOKENS, Experience
 from specdec.sampling import one_hot
@@ -38,13 +38,13 @@ class HybridDrafter:
         self.model.reserve(rows, length)
         self.lookup.reserve(rows, length)
 
-    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
-        survival = self._weigh(sequences, most, price, pooled=True)
+    def outlook(self, sequences: Sequences, most: list[int], prices: Prices) -> Outlook:
+        survival = self._weigh(sequences, most, prices, pooled=True)
         return Outlook(survival, ~self._spoken_for())
 
     def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
         if self._looks_up is None:
-            self._weigh(sequences, lengths, 0.0, pooled=False)
+            self._weigh(sequences, lengths, Prices(), pooled=False)
         looks_up = self._spoken_for().tolist()
         by_lookup = [length if looked else 0 for length, looked in zip(lengths, looks_up, strict=True)]
         by_model = [0 if looked else length for length, looked in zip(lengths, looks_up, strict=True)]
@@ -58,7 +58,7 @@ class HybridDrafter:
     def alone(self, sequences: Sequences, lengths: list[int]) -> Drafter | None:
         """The model, if it would make all of these drafts; it may go on then without the lookup."""
         if self._looks_up is None:
-            self._weigh(sequences, lengths, 0.0, pooled=False)
+            self._weigh(sequences, lengths, Prices(), pooled=False)
         return None if (self._spoken_for() & (np.array(lengths) > 0)).any() else self.model
 
     def observe(self, step: Step) -> None:
@@ -91,17 +91,17 @@ class HybridDrafter:
             self.experience.forget(list(self.experience))
             self._looks_up, self._asked_model = None, False
 
-    def _weigh(self, sequences: Sequences, most: list[int], price: float, *, pooled: bool) -> NDArray[np.float64]:
+    def _weigh(self, sequences: Sequences, most: list[int], prices: Prices, *, pooled: bool) -> NDArray[np.float64]:
         """Let the lookup speak for rows where its guess promises at least what the model's draft is worth.
 
-        Each token of the model costs ``price``. Returns the survival of the better of both, [B, K].
+        Returns the survival of the better of both, [B, K].
         """
         rows = sequences.rows
         guesses = self.lookup.look(rows, most)
         width = min(max(most, default=0), MOST_DRAFT_TOKENS)
         looked_up = self.lookup.survival(rows, width, pooled=pooled)
         drafted = self.experience.survival([row.id for row in rows], most, pooled=pooled)[:, :width]
-        better = looked_up.sum(1) >= (drafted - price).clip(min=0).sum(1)
+        better = looked_up.sum(1) - prices.alone >= (drafted - prices.token).clip(min=0).sum(1)
         self._looks_up = better & np.array([bool(guess.tokens) for guess in guesses])
         return np.where(self._looks_up[:, None], looked_up, drafted)
 

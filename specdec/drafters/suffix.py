@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.draft import Draft, Outlook
+from specdec.draft import Draft, Outlook, Prices
 from specdec.drafters.automaton import NOTHING, START, Guess, new_automaton
 from specdec.errors import ConfigError
 from specdec.experience import Experience
@@ -54,7 +54,7 @@ class SuffixDrafter:
         self.guesses = self._look(rows, most)
         return self.guesses
 
-    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
+    def outlook(self, sequences: Sequences, most: list[int], prices: Prices) -> Outlook:
         self.look(sequences.rows, most)
         return Outlook(self.survival(sequences.rows, max(most, default=0)), np.zeros(len(most), dtype=bool))
 

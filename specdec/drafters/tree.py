@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from specdec.draft import Draft, Outlook
+from specdec.draft import Draft, Outlook, Prices
 from specdec.drafters.grown import DEEPEST, MOST_TREE_TOKENS, Trees, best, grow
 from specdec.drafters.model import ModelDrafter
 from specdec.lm.base import CachedLM
@@ -28,7 +28,7 @@ class TreeDrafter(ModelDrafter):
         self.trees = Trees()
         self._read: list[list[int]] | None = None  # per row and proposed token, where the model has read it
 
-    def outlook(self, sequences: Sequences, most: list[int], price: float) -> Outlook:
+    def outlook(self, sequences: Sequences, most: list[int], prices: Prices) -> Outlook:
         return self.trees.outlook(sequences, most)
 
     def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:

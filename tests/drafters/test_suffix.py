@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from specdec import ConfigError, Draft, Engine
+from specdec.draft import Prices
 from specdec.drafters import suffix
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.sequences import Request, Row, Sequences, Step
@@ -175,7 +176,7 @@ def test_survival_is_how_often_guesses_are_right() -> None:
         (row,) = sequences.rows
         expected = promised = right = 0.0
         for step in range(1500):
-            survival = drafter.outlook(sequences, [1], 0.0).survival[0, 0]
+            survival = drafter.outlook(sequences, [1], Prices()).survival[0, 0]
             guess = (drafter.guesses or [])[0]
             new = table[row.tokens[-1]] if draw.random() < copied else draw.randrange(30)
             if step > 100 and guess.tokens:
@@ -188,7 +189,7 @@ def test_survival_is_how_often_guesses_are_right() -> None:
 
 def test_survival_ends_with_the_guess_and_never_rises() -> None:
     drafter, sequences = SuffixDrafter(), batch([[1, 2, 3, 1, 2], [4], [7, 7, 8, 7, 9, 7]])
-    outlook = drafter.outlook(sequences, [6, 6, 3], 0.0)
+    outlook = drafter.outlook(sequences, [6, 6, 3], Prices())
     assert outlook.survival.shape == (3, 6) and not outlook.runs_model.any()
     lengths = [len(guess.tokens) for guess in drafter.guesses or []]
     assert (outlook.survival > 0).sum(1).tolist() == lengths == [6, 0, lengths[2]]
@@ -202,7 +203,7 @@ def test_a_guess_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SuffixDrafter, "_guess", lambda self, row, most: made.append(row.id) or guess(self, row, most))
     drafter, sequences = SuffixDrafter(), batch([[1, 2, 1]])
     for _ in range(3):
-        drafter.outlook(sequences, [4], 0.0)
+        drafter.outlook(sequences, [4], Prices())
         drafter.propose(sequences, [4])
         commit(drafter, sequences, [[2]])
     assert len(made) == 3
