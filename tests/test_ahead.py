@@ -79,13 +79,14 @@ def test_steps_that_prepare_something_are_not_timed() -> None:
         observe, seen = world.controller.observe, dict[int, int]()
 
         def slow_at_first(
-            steps: Any, drafting: float, seconds: float, observe: Any = observe, seen: Any = seen, is_first: Any = is_first
+            steps: Any, drafting: float, seconds: float, overhead: float,
+            observe: Any = observe, seen: Any = seen, is_first: Any = is_first,
         ) -> None:  # fmt: skip
             width = max(steps[0].drafted)
             seen[width] = seen.get(width, 0) + 1
             if width and seen[width] <= 2:
                 steps[0].is_first, seconds = is_first, 100 * seconds
-            observe(steps, drafting, seconds)
+            observe(steps, drafting, seconds, overhead)
 
         world.controller.observe = slow_at_first  # type: ignore[method-assign]
         world.run(300)
