@@ -29,9 +29,9 @@ class Situation(NamedTuple):
     """What a choice depends on beside what passes cost.
 
     outlook of up to N tokens; left: tokens that a row may still get, on the mean; unread: tokens that a draft model must
-    read before it can draft, of all rows; care: seconds per drafted step that deciding takes; is_dear: whether a decision
-    takes a good share of a plain step; alone: seconds that a step takes longer where
-    not all guesses are a model's; is_restless: whether something is decided at every step.
+    read before it can draft, of all rows; care: seconds per drafted step that deciding takes; alone: seconds that a step
+    takes longer where not all guesses are a model's; is_dear: whether a decision takes a good share of a plain step;
+    is_restless: whether something is decided at every step.
     """
 
     outlook: Outlook
@@ -47,9 +47,10 @@ class Choice(NamedTuple):
     """How many tokens to draft for every row, and what is believed of that.
 
     is_free: rows whose drafts cost passes of a model go without; is_try: it is but to see what passes cost; is_aside: it
-    measures a neighbour of what seems best; is_look: it measures plain decoding between drafts. promise: how much faster than plain decoding the best should be, what a draft
-    model must read first left out; step: plain steps that one as chosen takes; patience: steps in a row without an
-    accepted token that are too many; expected, plain: tokens per second.
+    measures a neighbour of what seems best; is_look: it measures plain decoding between drafts. promise: how much faster
+    than plain decoding the best should be, what a draft model must read first left out; step: plain steps that one as
+    chosen takes; patience: steps in a row without an accepted token that are too many; expected, plain: tokens per second,
+    0 where nothing was weighed.
     """
 
     lengths: list[int]
@@ -70,8 +71,10 @@ class Choice(NamedTuple):
 
     def given_up(self, rows: int, *, is_look: bool = False) -> Choice:
         """Plain decoding of so many rows instead, for a look or as drafts do not pay; what was believed is still believed."""
-        is_look = is_look and (self.drafts or self.is_look)
-        return self._replace(lengths=[0] * rows, is_free=True, is_try=False, is_aside=False, is_look=is_look)
+        return self._replace(
+            lengths=[0] * rows, is_free=True, is_try=False, is_aside=False,
+            is_look=is_look and (self.drafts or self.is_look), expected=0.0, plain=0.0,
+        )  # fmt: skip
 
 
 class _Best(NamedTuple):

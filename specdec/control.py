@@ -266,7 +266,8 @@ class Adaptive:
             unread, thought = self._unread(sequences.rows), self._thought
             given = Situation(outlook, left, unread, thought.care, self._alone, thought.is_dear, self._is_restless)
             self._choice = self._chooser.choose(given, before)
-            self.decisions.expected, self.decisions.plain = self._choice.expected, self._choice.plain
+            if self._choice.plain:
+                self.decisions.expected, self.decisions.plain = self._choice.expected, self._choice.plain
         is_same = (kept, before.is_free) == (self._chooser.kept, self._choice.is_free)
         self._settle(outlook if foresight is not None else None, int(left) if left < LEAST_LEFT else None, is_same)
         if self.costs.knows(self._rows, 0):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _CARED, _ALONE = 0.02, 0.1  # weight of the latest step in what deciding takes per step, and in what one alone takes
-LONGEST_STAY, _LONG = 128, 32  # steps that a choice is kept
+LONGEST_STAY, _LONG = 128, 32  # steps that a choice is kept at most, and that say what deciding takes in the long run
 _DEAR = 0.05  # share of a plain step that a decision takes, from which it is dear
 
 # Plain passes that follow the first one after it was found best; twice as many each time again, all together powers of two.

@@ -37,7 +37,7 @@ typedef struct {
     const int64_t *seeds;      /* [rows] */
     int64_t *starts;           /* [rows]: lengths of the texts */
     float *target_laws, *draft_laws; /* [rows, K + 1, vocabulary] and [rows, K, vocabulary] */
-    double *seconds; /* [most]: what each round took */
+    double *seconds;           /* [most]: what each round took */
 } Rounds;
 
 static double now(void) {

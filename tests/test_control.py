@@ -193,6 +193,12 @@ def test_drafts_that_cost_nothing_are_made_where_a_models_do_not_pay() -> None:
     for _ in range(5):
         cheap.controller.costs.count_draft(2, 1, 0.001)
     assert cheap.controller.choose(cheap.sequences, Both()) == [3, 3]  # type: ignore[arg-type]
+    alone = World(rows=2)
+    alone.controller = Adaptive(Costs.from_dict(costs.as_dict()))
+    alone.controller._thought.count_alone(
+        100.0
+    )  # a step with lookups cannot run with others, which takes as long as that
+    assert alone.controller.choose(alone.sequences, Both()) == [0, 0]  # type: ignore[arg-type]
 
 
 def test_what_came_last_counts_most_and_rows_differ() -> None:

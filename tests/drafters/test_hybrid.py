@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from specdec import Draft, Engine
+from specdec.draft import Prices
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.suffix import SuffixDrafter
-from specdec.sequences import Sequences, Step
+from specdec.sequences import Request, Row, Sequences, Step
 from toys import TableLM, random_table
 
 TABLE = random_table(6, seed=3)
@@ -95,3 +98,11 @@ def test_long_drafts_are_weighed_too(length: int) -> None:
     output = run(HybridDrafter(ModelDrafter(TableLM(TABLE, context=256)), SuffixDrafter()), num_draft_tokens=length)
     plain = Engine(TableLM(TABLE, context=256)).generate(PROMPTS, max_new_tokens=60)
     assert output.token_ids == plain.token_ids and max(output.stats.control.lengths) == length
+
+
+def test_a_lookup_speaks_only_where_it_is_worth_a_step_alone() -> None:
+    row = Row(Request((1, 2, 3) * 8, 10_000), 0, None, torch.device("cpu"))
+    sequences: Any = SimpleNamespace(rows=[row])
+    for alone, by_model in ((0.0, False), (100.0, True)):
+        hybrid = HybridDrafter(ModelDrafter(TableLM(TABLE, context=256)), SuffixDrafter())
+        assert hybrid.outlook(sequences, [4], Prices(0.1, alone)).runs_model.tolist() == [by_model]
