@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from specdec.draft import Drafter
+from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.lm.base import CachedLM
@@ -59,9 +62,12 @@ class Ahead:
         return played if played is not None and played.tokens else None
 
 
-def _chain_model(drafter: Drafter | None, sequences: Sequences, lengths: list[int], rule: str) -> ModelDrafter | None:
+def _chain_model(
+    drafter: Drafter | None, sequences: Sequences, lengths: list[int], rule: str
+) -> ModelDrafter | Eagle3Drafter | None:
     """Whose model makes all of these drafts, as chains; None where guesses come from elsewhere or otherwise."""
     model = drafter
     if isinstance(drafter, HybridDrafter):  # how often it looks into the text must not decide what is drawn
         model = drafter.alone(sequences, lengths) if sequences.greedy or rule == "coupled" else None
-    return model if type(model) is ModelDrafter else None  # those derived from it do more
+    is_one = type(model) in (ModelDrafter, Eagle3Drafter)  # those derived from them do more
+    return cast("ModelDrafter | Eagle3Drafter", model) if is_one else None

@@ -30,19 +30,25 @@ from specdec.training.head_trainer import HeadReport, HeadSettings, Model, train
 
 @dataclass(frozen=True)
 class Kind:
-    """new: an untrained head for a target that guesses these ids only (None: all); drafter: what drafts with a head."""
+    """new: an untrained head for a target, of a width, that guesses these ids only; drafter: what drafts with a head."""
 
-    new: Callable[[Model, Tensor | None], FeatureHead]
+    new: Callable[..., FeatureHead]
     drafter: Callable[[Any, CachedLM], Drafter]
 
 
-def _block_head(target: Model, draft_ids: Tensor | None) -> BlockHead:
+def _block_head(target: Model, draft_ids: Tensor | None, width: int = 0) -> BlockHead:
     if draft_ids is not None:
         raise ConfigError("a block drafter guesses every token; leave draft_vocab_size at 0")
+    if width:
+        raise ConfigError("a block drafter is as wide as its target, whose output it shares; leave width at 0")
     return BlockHead.for_target(target)
 
 
-HEADS = {"eagle3": Kind(Eagle3Head.for_target, Eagle3Drafter), "block": Kind(_block_head, BlockDrafter)}
+def _eagle3_head(target: Model, draft_ids: Tensor | None, width: int = 0) -> Eagle3Head:
+    return Eagle3Head.for_target(target, draft_ids, width=width)
+
+
+HEADS = {"eagle3": Kind(_eagle3_head, Eagle3Drafter), "block": Kind(_block_head, BlockDrafter)}
 
 
 def train_checkpoint(
@@ -53,14 +59,15 @@ def train_checkpoint(
     settings: HeadSettings,
     *,
     draft_vocab_size: int = 0,
+    width: int = 0,
     dtype: str = "auto",
     device: str = "auto",
     fresh: bool = False,
 ) -> HeadReport:
     """Train a head of ``kind`` for a directory or hub id, on "stdlib" or the text below a path, into ``out``.
 
-    draft_vocab_size: guess only so many of the text's most frequent tokens, 0 for all. Raises what ``load`` and
-    ``train_head`` raise, and ``ConfigError`` when ``out`` is in use and not to be replaced (``fresh``).
+    draft_vocab_size: guess only so many of the text's most frequent tokens, 0 for all. width: of an EAGLE-3 head's hidden
+    state, 0 for the target's; a narrower one drafts faster. Raises what ``load`` and ``train_head`` raise, and ``ConfigError`` when ``out`` is in use and not to be replaced (``fresh``).
     """
     if kind not in HEADS:
         raise ConfigError(f"drafter must be one of {', '.join(HEADS)}, got {kind!r}")
@@ -83,5 +90,5 @@ def train_checkpoint(
 
     with evaluating(model):
         torch.manual_seed(settings.seed)
-        head = HEADS[kind].new(model.requires_grad_(False), ids)
+        head = HEADS[kind].new(model.requires_grad_(False), ids, width)
         return train_head(model, head, tokenizer, corpus, out, settings, engine=engine)

@@ -10,6 +10,7 @@ typedef int64_t Choose(const Drafting *, int64_t, int64_t, int64_t, const float 
 typedef struct { /* a model, and what its passes need */
     Pass pass, next; /* with room for the tokens of a round, and for one of every row */
     const void *model, *head;
+    const void *fuse; /* of a draft model that reads tokens beside what the target made of those before them; or NULL */
     void (*forward)(const Pass *pass, const void *model);
     void (*product)(const void *by, int64_t tokens, const void *x, int64_t ldx, float *out, int64_t ldo, int64_t threads);
     int64_t (*chain)(const Pass *first, const Pass *next, const void *model, int64_t count, int64_t choices, float *logits,
@@ -17,6 +18,11 @@ typedef struct { /* a model, and what its passes need */
     float *logits;    /* [tokens of a round, width] */
     int64_t width;
     int64_t *lengths; /* [rows]: tokens in the cache */
+    /* Of a target whose layers are asked for: what they put out for tokens that no draft model has taken yet */
+    char *held;       /* [rows, most_held, feature_bytes] */
+    int64_t *holding; /* [rows]: of how many tokens */
+    int64_t most_held, feature_bytes, feature_size; /* and in numbers */
+    int64_t ld_x;     /* of a pass's residual stream */
     double seconds;
 } Reader;
 
@@ -62,12 +68,37 @@ static void lay_out(Reader *reader, const Rounds *r, const int64_t *begins, cons
     row_begins[r->rows] = pass->tokens = m;
 }
 
+/* The draft model reads its tokens beside what the target has put out for those before them, fused. */
+static void give(Reader *draft, const Reader *target, const Rounds *r) {
+    Pass *pass = &draft->pass;
+    char *taken = (char *)pass->features;
+    for (int64_t b = 0; b < r->rows; b++) {
+        int64_t bytes = target->holding[b] * target->feature_bytes;
+        memcpy(taken, target->held + b * target->most_held * target->feature_bytes, bytes);
+        taken += bytes;
+    }
+    draft->product(draft->fuse, pass->tokens, pass->features, target->feature_size, pass->x, draft->ld_x,
+                   pass->threads);
+}
+
+/* What the target has put out for the tokens that are entered, count[b] = accepted[b] + 1 of a row; a draft model that
+   reads beside it has taken what was held until then. */
+static void hold(Reader *target, const Rounds *r, const int64_t *accepted, int64_t is_taken) {
+    for (int64_t b = 0; b < r->rows; b++) {
+        int64_t bytes = target->feature_bytes, held = is_taken ? 0 : target->holding[b];
+        memcpy(target->held + (b * target->most_held + held) * bytes,
+               (const char *)target->pass.features + target->pass.row_begins[b] * bytes, (accepted[b] + 1) * bytes);
+        target->holding[b] = held + accepted[b] + 1;
+    }
+}
+
 /* Draft behind every row's text; 0 where torch must draw something. */
-static int64_t propose(Reader *draft, const Rounds *r, int64_t drafted) {
+static int64_t propose(Reader *draft, const Reader *target, const Rounds *r, int64_t drafted) {
     int64_t begins[r->rows], chosen[r->rows * drafted];
     Drafting asked = {r->drafted, r->rule == COUPLED, r->temperatures, r->seeds, r->starts, r->draft_laws};
     for (int64_t b = 0; b < r->rows; b++) begins[b] = r->ends[b] - r->unread[b];
     lay_out(draft, r, begins, r->unread);
+    if (draft->fuse) give(draft, target, r);
     int64_t found = draft->chain(&draft->pass, &draft->next, draft->model, drafted, r->vocabulary, draft->logits, chosen,
                                  r->temperatures ? choose_drawn : NULL, &asked);
     for (int64_t b = 0; b < r->rows; b++)
@@ -103,6 +134,7 @@ static int64_t is_stop(const Rounds *r, int64_t token) {
 /* Enter what the round brought, that drafted so many tokens; whether a row may have come to its end. */
 static int64_t enter(Reader *target, Reader *draft, Rounds *r, int64_t drafted, const int64_t *accepted, const int64_t *next) {
     int64_t ended = 0;
+    if (target->held) hold(target, r, accepted, drafted && draft->fuse);
     for (int64_t b = 0; b < r->rows; b++) {
         int64_t count = accepted[b] + 1, *text = r->texts + b * r->stride + r->ends[b];
         text[accepted[b]] = next[b];
@@ -111,7 +143,8 @@ static int64_t enter(Reader *target, Reader *draft, Rounds *r, int64_t drafted, 
         ended |= r->limits[b] < 0;
         r->unread[b] += count;
         if (!drafted) continue;
-        int64_t read = r->unread[b] - count + (accepted[b] < drafted ? accepted[b] : drafted - 1); /* never the last drafted */
+        int64_t read = r->unread[b] - count; /* and what it has drafted, but never the last; beside its own guesses for now */
+        if (!draft->fuse) read += accepted[b] < drafted ? accepted[b] : drafted - 1;
         draft->lengths[b] += read;
         r->unread[b] -= read;
     }
@@ -129,7 +162,7 @@ int64_t rounds(Reader *target, Reader *draft, Rounds *r) {
             begins[b] = r->ends[b] - 1, counts[b] = count + 1;
         }
         double begun = now();
-        if (drafted && !propose(draft, r, drafted)) return round;
+        if (drafted && !propose(draft, target, r, drafted)) return round;
         double proposed = now();
         const Pass *pass = &target->pass;
         lay_out(target, r, begins, counts);

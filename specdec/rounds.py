@@ -78,9 +78,12 @@ class Reader(Structure):
     """As in rounds.c."""
 
     kept: object  # what the pointers point to must live as long
+    read: NDArray[np.int64]  # tokens in the cache, of each row
 
     _fields_ = [("first", Pass), ("next", Pass),
-                *((name, c_void_p) for name in ("model", "head", "forward", "product", "chain")), ("logits", c_void_p), ("width", c_int64), ("lengths", c_void_p),
+                *((name, c_void_p) for name in ("model", "head", "fuse", "forward", "product", "chain", "logits")),
+                ("width", c_int64), *((name, c_void_p) for name in ("lengths", "held", "holding")),
+                *((name, c_int64) for name in ("most_held", "feature_bytes", "feature_size", "ld_x")),
                 ("seconds", c_double)]  # fmt: skip
 
 

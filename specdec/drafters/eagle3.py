@@ -20,6 +20,8 @@ from specdec.lm.fused import fused_lm
 from specdec.nn.eagle3 import Eagle3Head
 from specdec.sequences import Sequences
 
+_MOST = 17  # unread tokens of a row with which several rounds may begin
+
 
 class Places(NamedTuple):
     """Tokens [B, T], the hidden states [B, T, H] that they are read beside, and how many of each row are real."""
@@ -73,6 +75,21 @@ class Eagle3Drafter(FeatureDrafter):
             elif latest is not None:
                 self._append(latest, 0)
         return draft
+
+    def room(self, sequences: Sequences) -> int:
+        """How many tokens each row may get, drafts included."""
+        ends = zip(sequences.rows, self.target.starts, strict=False)
+        return min(start + self.lm.context - len(row.tokens) for row, start in ends)
+
+    def unread(self, sequences: Sequences) -> list[int] | None:
+        """How many tokens of each row's end the head reads next; None where it cannot read them by itself."""
+        slots = range(len(sequences))
+        counts = [self.target.features_held(slot) for slot in slots]
+        missing = [self.target.lengths[slot] - self.lm.lengths[slot] for slot in slots]
+        if getattr(self.lm, "fuse", None) is None or counts != missing or not 0 < min(counts) <= max(counts) <= _MOST:
+            return None
+        self._rows = max(self._rows, len(slots))
+        return counts
 
     def _guess(self, sequences: Sequences, most: list[int], tokens: Tensor, counts: list[int]) -> Draft:
         """At most ``most[b]`` guesses of every row behind tokens [B, T], whose hidden states are given."""

@@ -197,6 +197,10 @@ class CachedLM(ABC):
         missing = torch.empty(0, len(self.tapped) * self.feature_size, dtype=self.dtype, device=self.device)
         return self._features.take(slot, missing)
 
+    def features_held(self, slot: int) -> int:
+        """For how many tokens of ``slot`` there is something to take."""
+        return 0 if self._features is None else sum(map(len, self._features.held(slot)))
+
     def read_bandwidth(self) -> float:
         """Bytes per second that the device's memory gives, as fast as anything here reads it."""
         return read_bandwidth(self.device)

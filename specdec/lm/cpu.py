@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from ctypes import c_void_p
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +59,7 @@ class CpuLM(PagedLM):
     """
 
     reads_trees = True
+    fuse: cpu.Linear | None = None  # of what a target puts out, where tokens are read beside that
 
     def __init__(self, model: GPT, *, in_bytes: bool = False) -> None:
         """``in_bytes``: the weights of all products rounded to 127 steps per row; another model, half the size."""
@@ -117,18 +118,24 @@ class CpuLM(PagedLM):
     def play(self, asked: Rounds, draft: CachedLM | None) -> Played | None:
         rows, drafted = len(asked.texts), asked.drafted
         more = asked.most * (drafted + 1)
-        unread, other = [1] * rows, None
+        unread, other, takes = [1] * rows, None, False
         if drafted:
             if not isinstance(draft, CpuLM):
                 return None
-            unread = [len(text) for text in asked.texts]
-            most = max(2, *unread)  # after a draft that survived as a whole its last token and the next one are unread
+            unread, takes = [len(text) for text in asked.texts], draft.fuse is not None
+            # After a draft that survived as a whole its last token and the next one are unread; beside features all are.
+            most = max(drafted + 1 if takes else 2, *unread)
             other = draft._reader(rows, asked.vocab_size, most * rows, rows, more + most)
         reader = self._reader(rows, asked.vocab_size, rows * (drafted + 1), rows * (drafted + 1), more)
         if reader is None or drafted and other is None:
             return None
+        # The last round of all rows may draft nothing, and take nothing.
+        held = self._hold(reader, rows, max(drafted + 1, *unread) + 1 if takes else more, takes=takes)
         played = rounds.play(asked, reader, other, unread)
         self._has_played(reader)
+        if self._features is not None and held is not None:
+            for slot, (outputs, count) in enumerate(zip(*held, strict=True)):
+                self._features.hold(slot, outputs[:count], anew=takes)
         if other is not None:
             assert isinstance(draft, CpuLM)
             draft._has_played(other)
@@ -137,7 +144,7 @@ class CpuLM(PagedLM):
     def _reader(self, rows: int, choices: int, tokens: int, projected: int, more: int) -> rounds.Reader | None:
         """For rounds whose passes read up to ``tokens`` tokens; each row gets room for ``more``. None if that is not compiled."""
         limit = MOST_TOKENS if self._others is None else self._others.least_tokens - 1
-        if self.tapped or choices > self.vocab_size or tokens > limit:
+        if choices > self.vocab_size or tokens > limit:
             return None
         lengths = self.lengths[:rows]
         self._extend(lengths, [more] * rows, 0)
@@ -146,17 +153,41 @@ class CpuLM(PagedLM):
         following = self._described(Tokens(cells[:rows], cells[:rows], cells[:rows], np.arange(rows)), 0, True)
         width, packed, library = self._packed.head.n, self._packed, self._library
         logits, kept = torch.empty(projected, width), np.array(lengths, dtype=np.int64)
+        given = None if self.fuse is None else torch.empty(tokens, self.fuse.k, dtype=self.dtype)
+        if given is not None:
+            first.features = given.data_ptr()
         reader = rounds.Reader(
             first, following, ctypes.cast(packed.reference, c_void_p), ctypes.addressof(packed.head),
+            None if self.fuse is None else ctypes.addressof(self.fuse),
             *(ctypes.cast(function, c_void_p) for function in (library.forward, library.product, library.chain)),
-            logits.data_ptr(), width, kept.ctypes.data, 0.0,
+            logits.data_ptr(), width, kept.ctypes.data, ld_x=cpu.pad(packed.hidden),
         )  # fmt: skip
-        reader.kept = first.kept, following.kept, logits, kept
+        reader.kept, reader.read = (first.kept, following.kept, logits, given), kept
         return reader
 
+    def _hold(self, reader: rounds.Reader, rows: int, most: int, *, takes: bool) -> tuple[Tensor, Integers] | None:
+        """Outputs of tapped layers [B, most, F] for tokens that no drafter has taken, and of how many of each row.
+
+        Rounds add to them; where the draft model ``takes`` them, it finds those of its unread tokens there.
+        """
+        if self._features is None:
+            return None
+        size = len(self._tapped) * self.feature_size
+        outputs, counts = torch.empty(rows, most, size, dtype=self.dtype), np.zeros(rows, dtype=np.int64)
+        put_out = torch.empty(reader.first.tokens, size, dtype=self.dtype)
+        for slot in range(rows if takes else 0):
+            for part in self._features.held(slot):
+                outputs[slot, counts[slot] : counts[slot] + len(part)] = part
+                counts[slot] += len(part)
+        reader.first.taps, reader.first.tapped = len(self._tapped), self._tapped.ctypes.data
+        reader.first.features = put_out.data_ptr()
+        reader.held, reader.holding, reader.most_held = outputs.data_ptr(), counts.ctypes.data, most
+        reader.feature_size, reader.feature_bytes = size, size * outputs.element_size()
+        reader.kept = put_out, reader.kept
+        return outputs, counts
+
     def _has_played(self, reader: rounds.Reader) -> None:
-        lengths = cast(tuple[object, object, object, Integers], reader.kept)[-1]
-        self.lengths[: len(lengths)] = lengths.tolist()
+        self.lengths[: len(reader.read)] = reader.read.tolist()
         self.clock.add(reader.seconds)
 
     def _chain(

@@ -35,6 +35,17 @@ class Features:
         parts = self._committed.pop(slot, [missing])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def held(self, slot: int) -> list[Tensor]:
+        """What was committed and not yet taken, in parts."""
+        return self._committed.get(slot, [])
+
+    def hold(self, slot: int, outputs: Tensor, *, anew: bool) -> None:
+        """Tokens were read and committed, behind what is held or (``anew``) in its place."""
+        if anew:
+            self._committed.pop(slot, None)
+        if len(outputs):
+            self._committed[slot].append(outputs)
+
     def copy(self, source: int, target: int, fewer: int) -> None:
         """Slot ``target`` becomes slot ``source`` without its last ``fewer`` tokens."""
         self.drop(target)

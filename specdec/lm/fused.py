@@ -116,7 +116,10 @@ class CompiledFused(FusedLM, CpuLM):
         self._packed.read_beside(head.block.hidden_norm, keeps_norm=head.config.norm_before_residual)
         for name in ("block", "lm_head"):  # the packed ones are enough
             setattr(head, name, nn.Identity())
-        setattr(head, "fc", CompiledLinear(self._library, head.fc))  # noqa: B010 (it is no nn.Linear)
+        fc = CompiledLinear(self._library, head.fc)
+        setattr(head, "fc", fc)  # noqa: B010 (it is no nn.Linear)
+        if head.input_norm is None and head.fc_norm is None and fc.by.k == fc.in_features:
+            self.fuse = fc.by
         self.head = head
         self._tapped = np.zeros(1, dtype=np.int64)  # its only layer
 

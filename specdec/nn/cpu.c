@@ -543,13 +543,25 @@ void product(const Linear *by, int64_t tokens, const elem *x, int64_t ldx, float
 typedef int64_t Choose(const void *asked, int64_t place, int64_t rows, int64_t choices, const float *logits, int64_t stride,
                        int64_t *tokens);
 
+/* The first of the largest numbers; the first of all where none is larger than -infinity. */
+static int64_t place_of_largest(const float *x, int64_t count) {
+    int64_t whole = count / LANES * LANES, place = 0;
+    vec peaks = spread(-INFINITY);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        vec here;
+        memcpy(&here, x + i, sizeof here);
+        peaks = choose(here > peaks, here, peaks);
+    }
+    float peak = largest_of(peaks);
+    for (int64_t i = whole; i < count; i++) peak = x[i] > peak ? x[i] : peak;
+    while (place < count && x[place] != peak) place++;
+    return place < count ? place : 0;
+}
+
 static int64_t choose_largest(const void *asked, int64_t place, int64_t rows, int64_t choices, const float *logits,
                               int64_t stride, int64_t *tokens) {
     (void)asked, (void)place;
-    for (int64_t row = 0; row < rows; row++, logits += stride) {
-        tokens[row] = 0;
-        for (int64_t n = 1; n < choices; n++) tokens[row] = logits[n] > logits[tokens[row]] ? n : tokens[row];
-    }
+    for (int64_t row = 0; row < rows; row++) tokens[row] = place_of_largest(logits + row * stride, choices);
     return 1;
 }
 

@@ -90,7 +90,7 @@ class Eagle3Head(FeatureHead):
         """An untrained head as wide as ``target``, whose output matrix begins as the target's; it shares its embedding.
 
         ``draft_ids`` [D]: the ids it can guess, all by default. ``changes`` are fields of ``Eagle3Config``, or
-        ``divergence``.
+        ``divergence``, or a smaller ``width``: embedding and output then begin as what of the target's has most effect.
         """
         divergence = changes.pop("divergence", "lk_hybrid")
         output = target.lm_head if isinstance(target, GPT) else target.get_output_embeddings()
@@ -100,7 +100,11 @@ class Eagle3Head(FeatureHead):
             Eagle3Config.for_target(target.config, draft_vocab_size=count, **changes), draft_ids, divergence=divergence
         )
         with torch.no_grad():
-            head.lm_head.weight.copy_(output.weight[head.draft_ids.to(output.weight.device)])
+            size = head.config.decoder.hidden_size
+            head.lm_head.weight.copy_(_narrowed(output.weight[head.draft_ids.to(output.weight.device)], size))
+            if head.embed_tokens is not None:
+                head.embed_tokens.weight.copy_(_narrowed(embedding.weight, size))
+                head.embed_tokens.requires_grad_(True)
         return head.share(embedding, output)
 
     @property
@@ -232,6 +236,15 @@ class Eagle3Head(FeatureHead):
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{folder} does not hold an EAGLE-3 head ({error!r}); train it again") from error
         return head
+
+
+def _narrowed(weight: Tensor, size: int) -> Tensor:
+    """Rows [N, H] in the ``size`` directions along which they differ most, [N, size]; as they are if that is all."""
+    if size == weight.shape[1]:
+        return weight
+    found = weight.float()
+    directions = torch.linalg.eigh(found.T @ found).eigenvectors  # the last ones matter most
+    return found @ directions[:, -size:]
 
 
 def _parts(hidden: Tensor, teacher: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

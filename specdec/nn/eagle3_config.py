@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,19 +55,34 @@ class Eagle3Config:
             raise ConfigError(f"steps of an EAGLE-3 head must be >= 1, got {self.steps}")
 
     @classmethod
-    def for_target(cls, config: PreTrainedConfig, **changes: Any) -> Eagle3Config:
-        """As wide as a target with this configuration, reading up to three of its layers; ``changes`` come last."""
+    def for_target(cls, config: PreTrainedConfig, *, width: int = 0, **changes: Any) -> Eagle3Config:
+        """For a target with this configuration, reading up to three of its layers; ``changes`` come last.
+
+        width: of the hidden state, a multiple of 16; 0 for the target's own. A narrower head has fewer attention heads, and
+        an embedding of its own.
+        """
         text = config.get_text_config(decoder=True)
         heads = text.num_attention_heads
+        groups = getattr(text, "num_key_value_heads", None) or heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
         rope = getattr(text, "rope_parameters", None) or {}
+        if width % 16 or not 0 <= width <= text.hidden_size:
+            raise ConfigError(
+                f"width of a head must be a multiple of 16, up to the target's {text.hidden_size}, or 0, got {width}"
+            )
+        if is_narrow := 0 < width < text.hidden_size:
+            heads = -(-heads * width // text.hidden_size)
+            groups = math.gcd(heads, groups)
+            inner = -(-inner * width // text.hidden_size)
         decoder = LlamaConfig(
             vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            hidden_size=width or text.hidden_size,
+            intermediate_size=inner,
             num_hidden_layers=1,
             num_attention_heads=heads,
-            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            num_key_value_heads=groups,
+            head_dim=head_dim,
             max_position_embeddings=text.max_position_embeddings,
             rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
             rope_parameters={"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)},
@@ -80,6 +96,7 @@ class Eagle3Config:
             "layers": feature_layers(text.num_hidden_layers),
             "target_hidden_size": text.hidden_size,
             "draft_vocab_size": text.vocab_size,
+            "has_embedding": is_narrow,
             "verifier": getattr(config, "name_or_path", ""),
             "architectures": tuple(config.architectures or ()),
         }

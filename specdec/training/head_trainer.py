@@ -28,7 +28,7 @@ from specdec.training import checkpoint as files
 from specdec.training import data
 from specdec.training.interrupt import Interrupt
 from specdec.training.memory import keep_freed_memory
-from specdec.training.optimizer import MasterAdamW, schedule
+from specdec.training.optimizer import MasterMuon, schedule
 from specdec.training.own_text import own_text
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class HeadSettings:
     max_seconds: float = 0.0
     rows: int = 0
     sequence_length: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup: float = 0.02
     clip: float = 1.0
     on_policy: float = 0.0
@@ -186,7 +186,7 @@ class HeadTraining:
         keep_freed_memory()
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.bfloat16) else fast_dtype(self.device)
         torch.manual_seed(settings.seed)
-        self.optimizer = MasterAdamW(cast(GPT, head.to(self.device).train()), dtype, weight_decay=0.01)
+        self.optimizer = MasterMuon(cast(GPT, head.to(self.device).train()), dtype, weight_decay=0.01)
         self.training = data.encode(tokenizer, corpus.training)
         least = max(settings.sequence_length, settings.prompt_tokens)
         if len(self.training) <= least:
