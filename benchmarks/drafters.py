@@ -36,8 +36,9 @@ from specdec.training.head_trainer import HeadSettings
 
 RESULTS = Path(__file__).parent / "results/drafters.json"
 PAGE = Path(__file__).parent / "DRAFTERS.md"
-ON_TEXT, DISTILLED, BLOCK, EAGLE = "draft model, text only", "draft model, distilled", "block head", "EAGLE-3 head"
-CHAIN, LONGER, TREES = 4, (8, 15), (16, 32, 48)
+ON_TEXT, DISTILLED, BLOCK = "draft model, text only", "draft model, distilled", "block head"
+EAGLE, NARROW = "EAGLE-3 head", "EAGLE-3 head, half as wide"
+CHAIN, LONGER, TREES = 4, {DISTILLED: (8, 15), NARROW: (6, 8)}, (16, 32, 48)
 PROMPTS, NEW_TOKENS = 8, 96
 CELLS = [(batch, temperature) for batch in (1, PROMPTS) for temperature in (0.0, 1.0)]
 
@@ -54,24 +55,26 @@ def trained(name: str, tokens: int, target: Path) -> Path:
         distill_checkpoint(str(target), out, "stdlib", settings, dtype=fast_dtype_name())
     else:
         kind = "block" if name == BLOCK else "eagle3"
+        width = load_model(target, dtype="float32")[0].config.hidden_size // 2 if name == NARROW else 0
         head = HeadSettings(max_tokens=tokens, on_policy=0.5, evaluations=4)
-        train_checkpoint(str(target), kind, out, "stdlib", head, dtype=fast_dtype_name())
+        train_checkpoint(str(target), kind, out, "stdlib", head, width=width, dtype=fast_dtype_name())
     return out
 
 
 def methods(tokens: int, target: Path, temperature: float) -> dict[str, Method]:
-    """Every drafter at one length of draft, and where the controller chooses it."""
-    plain = load(target, draft=None, dtype=fast_dtype_name())
-    again = partial(load, plain.target, tokenizer=plain.tokenizer, dtype=fast_dtype_name())
+    """Every drafter at one length of draft, and where the controller chooses it; a target of its own for each."""
+    again = partial(load, target, dtype=fast_dtype_name())
     chains: dict[str, Engine] = {name: again(draft=trained(name, tokens, target))
-                                 for name in (ON_TEXT, DISTILLED, BLOCK, EAGLE)}  # fmt: skip
+                                 for name in (ON_TEXT, DISTILLED, BLOCK, EAGLE, NARROW)}  # fmt: skip
     distilled = trained(DISTILLED, tokens, target)
     chains |= {"suffix": again(draft="suffix"), "the target itself": again(draft="self"),
                "distilled and suffix": again(draft=[distilled, "suffix"])}  # fmt: skip
     trees = {name: again(draft=trained(name, tokens, target), tree=True) for name in (DISTILLED, BLOCK, EAGLE)}
-    ways = {PLAIN: (plain, 0)}
+    ways = {PLAIN: (again(draft=None), 0)}
     ways |= {name: (engine, CHAIN) for name, engine in chains.items()}
-    ways |= {f"{DISTILLED}, {length} tokens": (chains[DISTILLED], length) for length in LONGER}
+    ways |= {
+        f"{name}, {length} tokens": (chains[name], length) for name, lengths in LONGER.items() for length in lengths
+    }
     ways |= {f"tree of {nodes}, {name}": (tree, nodes) for name, tree in trees.items() for nodes in TREES}
     ways |= {f"{name} ({AUTO})": (engine, AUTO) for name, engine in chains.items()}
     ways[f"tree, {DISTILLED} ({AUTO})"] = (trees[DISTILLED], AUTO)

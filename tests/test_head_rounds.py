@@ -92,6 +92,19 @@ def test_texts_are_those_of_single_steps(
     assert not count or found.stats.num_accepted_tokens > rows
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_narrow_head_drafts_the_same_in_rounds(
+    settings: dict[str, Any],
+    counted: Counted,  # noqa: F811
+    single: Callable[..., Output],  # noqa: F811
+) -> None:
+    own = engine(width=16)
+    asked = {**take(settings, 3), "max_new_tokens": 40, "seed": 3, "num_draft_tokens": 3}
+    expected, found = single(own, PROMPTS[:3], **asked), own.generate(PROMPTS[:3], **asked)
+    assert (found.token_ids, found.from_draft) == (expected.token_ids, expected.from_draft)
+    assert counted.drafted and found.stats.num_accepted_tokens > 3
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_head_reads_what_plain_rounds_have_put_out(
@@ -174,3 +187,21 @@ def test_a_text_longer_than_the_context_goes_on(
     asked: dict[str, Any] = {"max_new_tokens": 90, "num_draft_tokens": count}
     assert own.generate(PROMPTS[:2], **asked).token_ids == single(own, PROMPTS[:2], **asked).token_ids
     assert counted.rounds > 20
+
+
+def test_a_head_is_given_all_that_is_held_in_order() -> None:
+    target = CpuLM(gpt())
+    target.tap((0, 2))
+    target.reserve(2, 32)
+    generator = torch.Generator().manual_seed(0)
+    parts = [[torch.randn(count, 64, generator=generator) for count in counts] for counts in ((3, 2, 1), (1, 4))]
+    for slot, own in enumerate(parts):
+        for part in own:
+            target._features.hold(slot, part, anew=False)  # type: ignore[union-attr]
+    reader = target._reader(2, 61, 8, 8, 8)
+    assert reader is not None
+    for takes in (True, False):
+        held = target._hold(reader, 2, 8, takes=takes)
+        assert held is not None and held[1].tolist() == ([6, 5] if takes else [0, 0])
+        for outputs, own in zip(held[0] if takes else [], parts, strict=takes):
+            assert torch.equal(outputs[: sum(map(len, own))], torch.cat(own))

@@ -154,7 +154,9 @@ def test_a_drafting_pass_is_a_training_pass(target: str, way: str) -> None:
     assert furthest(records) < 1e-4
 
 
-@pytest.mark.parametrize("changes", [{"norm_before_residual": False}, {"norm_before_fc": True}, {"norm_output": True}])
+@pytest.mark.parametrize(
+    "changes", [{"norm_before_residual": False}, {"norm_before_fc": True}, {"norm_output": True}, {"width": 16}]
+)
 def test_every_variant_drafts_as_it_is_trained(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     head = trained_head(gpt(), written(), 20, steps=STEPS, **changes)
     monkeypatch.setattr(sys.modules[__name__], "trained", lambda: head)

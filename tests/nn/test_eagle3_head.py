@@ -31,6 +31,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"norm_before_residual": False, "draft_ids": IDS},
     {"norm_before_fc": True},
     {"fc_norm": True, "norm_output": True},
+    {"width": 16, "draft_ids": IDS},
 ]
 
 
@@ -54,7 +55,7 @@ def test_the_unrolled_pass_is_drafting_from_every_place(changes: dict[str, Any])
     head = eagle3_head(TARGET, steps=STEPS, **changes)
     features, _ = features_of(TARGET, head.layers, TOKENS)
     states = head.unrolled(TOKENS, features)
-    assert [state.shape for state in states] == [(2, LENGTH - STEPS, 32)] * STEPS
+    assert [state.shape for state in states] == [(2, LENGTH - STEPS, changes.get("width", 32))] * STEPS
     for row in range(2):
         for start in range(LENGTH - STEPS):
             expected = step_by_step(head, TOKENS[row], features[row], start)
@@ -130,6 +131,26 @@ def test_a_new_head_begins_with_the_targets_output_matrix() -> None:
     assert torch.equal(head.lm_head.weight, TARGET.lm_head.weight[IDS])
     assert head.layers == (1, 2) and not any("embed_tokens" in name for name, _ in head.named_parameters())
     assert len(Eagle3Head.for_target(tiny_gpt(0, layers=6)).layers) == 3
+
+
+@pytest.mark.parametrize("draft_ids", [None, IDS])
+def test_a_narrower_head_begins_with_what_matters_most_of_the_target(draft_ids: Tensor | None) -> None:
+    head = Eagle3Head.for_target(TARGET, draft_ids, width=16)
+    assert head.embed_tokens is not None and head.embed_tokens.weight.requires_grad
+    layer = head.config.decoder
+    assert (layer.hidden_size, layer.intermediate_size, layer.head_dim) == (16, 32, 8)
+    assert (layer.num_attention_heads, layer.num_key_value_heads, head.config.target_hidden_size) == (2, 2, 32)
+    weights = [(head.embed_tokens, TARGET.embed_tokens.weight), (head.lm_head, TARGET.lm_head.weight)]
+    for (ours, whole), ids in zip(weights, (slice(None), slice(None) if draft_ids is None else draft_ids), strict=True):
+        theirs = torch.linalg.svdvals(whole[ids])
+        torch.testing.assert_close(torch.linalg.svdvals(ours.weight.detach()), theirs[:16], rtol=1e-3, atol=1e-3)
+    assert Eagle3Config.for_target(LlamaConfig(num_key_value_heads=8), width=1280).decoder.num_key_value_heads == 2
+
+
+@pytest.mark.parametrize("width", [7, -16, 48])
+def test_a_width_that_cannot_be_is_refused(width: int) -> None:
+    with pytest.raises(ConfigError, match=f"multiple of 16, up to the target's 32, or 0, got {width}"):
+        Eagle3Head.for_target(TARGET, width=width)
 
 
 @pytest.mark.parametrize("changes", VARIANTS)

@@ -171,9 +171,10 @@ def test_the_command_line_trains_a_head_that_generate_takes(target: Path, text: 
     out = tmp_path / "head"
     command = ["train", str(target), "--drafter", "eagle3", "--out", str(out), "--data", str(text), "--tokens", "1"]
     runner = CliRunner()
-    result = runner.invoke(app, [*command, "--draft-vocab-size", "50"])
+    result = runner.invoke(app, [*command, "--draft-vocab-size", "50", "--width", "32"])
     assert result.exit_code == 0 and "accepted length" in result.stdout
-    assert len(Eagle3Head.load(out).draft_ids) == 50
+    head = Eagle3Head.load(out)
+    assert len(head.draft_ids) == 50 and head.config.decoder.hidden_size == 32 < head.config.target_hidden_size
     again = runner.invoke(app, command)
     assert isinstance(again.exception, ConfigError) and "exists; choose another folder" in str(again.exception)
     given = ["generate", str(target), "--prompt", "line", "--max-new-tokens", "8"]
@@ -196,5 +197,7 @@ def test_what_cannot_be_trained_is_refused(target: Path, text: Path, tmp_path: P
         train_checkpoint(str(target), "eagle3", None, "stdlib", TINY)
     with pytest.raises(ConfigError, match="draft_vocab_size must be from 0 to"):
         train_checkpoint(str(target), "eagle3", tmp_path, str(text), TINY, draft_vocab_size=10**6)
+    with pytest.raises(ConfigError, match="leave width at 0"):
+        train_checkpoint(str(target), "block", tmp_path, str(text), TINY, width=16)
     with pytest.raises(ConfigError, match="guesses every token"):
         train_checkpoint(str(target), "block", tmp_path, str(text), TINY, draft_vocab_size=20)
