@@ -443,10 +443,14 @@ static void note(const Pass *pass, const Model *model, int64_t number) {
     int64_t hidden = model->hidden;
     for (int64_t tap = 0; tap < pass->taps; tap++)
         if (pass->tapped[tap] == number)
-#pragma omp for schedule(static)
-            for (int64_t m = 0; m < pass->tokens; m++)
-                for (int64_t i = 0; i < hidden; i++)
-                    pass->features[(m * pass->taps + tap) * hidden + i] = narrow(pass->x[m * pad(hidden) + i]);
+#pragma omp for schedule(static) nowait /* nobody changes x before all have met again */
+            for (int64_t m = 0; m < pass->tokens; m++) {
+                const float *x = pass->x + m * pad(hidden);
+                elem *out = pass->features + (m * pass->taps + tap) * hidden;
+                int64_t i = 0;
+                for (; i + LANES <= hidden; i += LANES) store(out + i, *(const vec *)(x + i));
+                for (; i < hidden; i++) out[i] = narrow(x[i]);
+            }
 }
 
 static void embed(const Pass *pass, const Model *model) {
