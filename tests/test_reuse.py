@@ -8,6 +8,7 @@ from torch import Tensor
 
 from specdec import Engine
 from specdec.drafters.model import ModelDrafter
+from specdec.heads import HEADS
 from specdec.lm.cpu import CpuLM
 from specdec.lm.paged import BLOCK
 from toys import noisy, tiny_gpt
@@ -61,6 +62,38 @@ def test_prompts_of_one_call_read_their_common_beginning_once() -> None:
     assert found.target.filled == sum(len(prompt) - 1 - 2 * BLOCK for prompt in PROMPTS) + 2 * BLOCK
     for prompt, tokens in zip(PROMPTS, output.token_ids, strict=True):
         assert engine().generate([prompt], num_draft_tokens=0, **SETTINGS).token_ids == [tokens]
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "block"])
+def test_a_head_finds_what_was_put_out_for_a_beginning_that_is_not_read_again(kind: str) -> None:
+    """It drafts as if all had been read; what it has taken of a row is known nowhere else, and read again."""
+
+    def headed() -> tuple[Engine, CountingLM]:
+        gpt = tiny_gpt(0, context=512, layers=4)
+        torch.manual_seed(0)
+        target = CountingLM(gpt)
+        return Engine(target, HEADS[kind].drafter(HEADS[kind].new(gpt, None), target)), target
+
+    found, lm = headed()
+    for count in (0, 3):
+        for prompt in PROMPTS:
+            alone, fresh = headed()
+            expected = alone.generate([prompt], num_draft_tokens=count, **SETTINGS)
+            before, first = lm.filled, prompt is PROMPTS[0] and count == 0
+            output = found.generate([prompt], num_draft_tokens=count, **SETTINGS)
+            assert output.token_ids == expected.token_ids
+            assert output.stats.num_accepted_tokens == expected.stats.num_accepted_tokens
+            known = 0 if first else 2 * BLOCK if count == 0 else (len(prompt) - 1) // BLOCK * BLOCK
+            assert lm.filled - before == fresh.filled - known
+    prompt = SYSTEM + text(50, seed=9)
+    for count, blocks in ((3, 2), (0, 3)):  # a plain row leaves all that it read
+        found, lm = headed()
+        answer = found.generate([prompt], num_draft_tokens=count, **SETTINGS).token_ids[0]
+        before, longer = lm.filled, prompt + answer + text(40, seed=8)
+        found.generate([longer], num_draft_tokens=count, **SETTINGS)
+        assert lm.filled - before == len(longer) - 1 - blocks * BLOCK
+    lm.tap([0])  # what is remembered was put out by other layers
+    assert not lm.knows(SYSTEM[:BLOCK]) and lm.reused_tokens == BLOCK
 
 
 def test_another_engine_knows_nothing_of_it() -> None:

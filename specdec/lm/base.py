@@ -181,7 +181,7 @@ class CachedLM(ABC):
             allowed = f"0 to {self.feature_layers - 1}" if self.feature_layers else f"none ({self.mechanism})"
             raise ConfigError(f"layers whose outputs can be read here: {allowed}; got {list(layers)}")
         self._features = Features(tuple(layers))
-        self.reused_tokens = 0  # of what is recalled, nothing is computed
+        self.reused_tokens = 0  # of what is recalled, nothing is computed and put out
 
     @property
     def tapped(self) -> tuple[int, ...]:

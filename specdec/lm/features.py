@@ -46,6 +46,14 @@ class Features:
         if len(outputs):
             self._committed[slot].append(outputs)
 
+    def whole(self, slot: int, length: int) -> Tensor | None:
+        """[length, F] of all ``length`` tokens of a row; None if some were taken."""
+        parts = self._committed.get(slot, [])
+        if not parts or sum(map(len, parts)) != length:
+            return None
+        self._committed[slot] = [parts[0] if len(parts) == 1 else torch.cat(parts)]
+        return self._committed[slot][0]
+
     def copy(self, source: int, target: int, fewer: int) -> None:
         """Slot ``target`` becomes slot ``source`` without its last ``fewer`` tokens."""
         self.drop(target)

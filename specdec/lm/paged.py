@@ -1,7 +1,8 @@
 """Keys and values of rows of different lengths, in blocks of 64 tokens: memory is what the rows' lengths sum up to.
 
 Rows that begin alike share full blocks, which never change again; so do rows with texts that were read before, as long
-as there is room to remember them. A block goes when nobody holds it any more.
+as there is room to remember them. A block goes when nobody holds it any more. Where a drafter reads what layers put out,
+that is remembered with a block, as long as the drafter had not taken it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,13 @@ from specdec.lm.base import CachedLM
 
 BLOCK = 64  # tokens of a block; as in nn/cpu.c
 REMEMBERED_BYTES = 256 * 2**20  # of blocks that no row holds
+
+
+class Remembered(NamedTuple):
+    """A block, and what the tapped layers put out for its tokens, [64, F], if any are tapped."""
+
+    block: torch.Tensor
+    outputs: torch.Tensor | None
 
 
 class PagedCache:
@@ -33,8 +42,14 @@ class PagedCache:
         self.rows: list[list[torch.Tensor]] = []
         self.addresses = np.zeros((0, 0), dtype=np.uint64)  # [rows, blocks]
         self.address = 0  # of this table
-        self._remembered: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # the latest used last
-        self._most_remembered = remembered_bytes // (numel * dtype.itemsize)
+        self._remembered: OrderedDict[bytes, Remembered] = OrderedDict()  # the latest used last
+        self._remembered_bytes = remembered_bytes
+        self.tap(0)
+
+    def tap(self, size: int) -> None:
+        """From now on, rows may come with so many outputs of layers per token; what is remembered has others, or none."""
+        self._remembered.clear()
+        self._most_remembered = self._remembered_bytes // ((self.numel + BLOCK * size) * self.dtype.itemsize)
 
     def reserve(self, rows: int) -> None:
         """Make room for ``rows`` rows; blocks come as tokens do."""
@@ -64,24 +79,29 @@ class PagedCache:
         """The row in ``slot`` is no more."""
         self.rows[slot] = []
 
-    def remember(self, slot: int, tokens: Sequence[int]) -> None:
-        """Keep the full blocks of the row in ``slot``, whose text is ``tokens``, for rows that begin alike."""
-        for key, block in zip(_keys(tokens), self.rows[slot], strict=False):
-            self._remembered.setdefault(key, block)
+    def remember(self, slot: int, tokens: Sequence[int], outputs: torch.Tensor | None = None) -> None:
+        """Keep the full blocks of the row in ``slot``, whose text is ``tokens``, for rows that begin alike.
+
+        ``outputs`` [n, F]: of tapped layers, for all of them.
+        """
+        for i, (key, block) in enumerate(zip(_keys(tokens), self.rows[slot], strict=False)):
+            if key not in self._remembered:
+                own = None if outputs is None else outputs[i * BLOCK : (i + 1) * BLOCK].clone()
+                self._remembered[key] = Remembered(block, own)
             self._remembered.move_to_end(key)
         while len(self._remembered) > self._most_remembered:
             self._remembered.popitem(last=False)
 
-    def recall(self, slot: int, tokens: Sequence[int]) -> int:
-        """Begin the row in ``slot`` with the remembered blocks of ``tokens``; how many tokens they hold."""
+    def recall(self, slot: int, tokens: Sequence[int]) -> list[Remembered]:
+        """Begin the row in ``slot`` with the remembered blocks of ``tokens``."""
         found = []
         for key in _keys(tokens):
             if key not in self._remembered:
                 break
             self._remembered.move_to_end(key)
             found.append(self._remembered[key])
-        self._take(slot, found)
-        return len(found) * BLOCK
+        self._take(slot, [one.block for one in found])
+        return found
 
     def knows(self, tokens: Sequence[int]) -> bool:
         """Whether all full blocks of ``tokens`` are remembered."""
@@ -106,13 +126,28 @@ class PagedLM(CachedLM):
     reused_tokens = BLOCK
     cache: PagedCache
 
+    def tap(self, layers: Sequence[int]) -> None:
+        before = self.tapped
+        super().tap(layers)
+        if self.tapped != before:
+            self.cache.tap(len(layers) * self.feature_size)
+        self.reused_tokens = BLOCK
+
     def remember(self, slot: int, tokens: Sequence[int]) -> None:
+        outputs = None
+        if self._features is not None:
+            outputs = self._features.whole(slot, self.lengths[slot])
+            if outputs is None:  # some were taken, and are known nowhere else
+                return
         if self.starts[slot] == 0:
-            self.cache.remember(slot, tokens[: self.lengths[slot]])
+            self.cache.remember(slot, tokens[: self.lengths[slot]], outputs)
 
     def recall(self, slot: int, tokens: Sequence[int]) -> None:
-        if not self.tapped:  # of what is recalled, nothing is computed
-            self.lengths[slot] = self.cache.recall(slot, tokens)
+        found = self.cache.recall(slot, tokens)
+        self.lengths[slot] = len(found) * BLOCK
+        outputs = [one.outputs for one in found if one.outputs is not None]
+        if self._features is not None and outputs:
+            self._features.hold(slot, torch.cat(outputs), anew=True)
 
     def knows(self, tokens: Sequence[int]) -> bool:
         return self.cache.knows(tokens)
