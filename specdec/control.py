@@ -249,7 +249,8 @@ class Adaptive:
         look, gain = _MEASURED_PASSES if self._thought.is_dear else 2, max(1 - 1 / self._choice.promise, 1e-3)
         # It is decided before and after.
         trust = (look * gain + 2 * self._thought.share) / _LOOKS / self._choice.step
-        return self.costs.knows(self._rows, 0) and self._since_settled < min(max(trust, _LEAST_TRUST), _LONGEST_TRUST)
+        is_lately = self._since_settled < min(max(trust, _LEAST_TRUST), _LONGEST_TRUST)
+        return is_lately and self.costs.knows(self._rows, 0) and self.costs.is_fresh(self._rows)
 
     def _decide(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> None:
         """Choose the lengths of the next drafts, and how many steps to stay with them."""

@@ -110,6 +110,11 @@ class Costs:
         cell = self._passes.get(_size(rows), {}).get(_size(drafted))
         return cell is not None and len(cell.latest) >= _ENOUGH
 
+    def is_fresh(self, rows: int) -> bool:
+        """Whether plain passes over that many rows were measured since the program began: the machine may have changed."""
+        cell = self._passes.get(_size(rows), {}).get(0)
+        return cell is not None and cell.when > 0
+
     def age(self, rows: int, drafted: int) -> int:
         """Measurements since a pass over that many rows that checked about so many tokens was the latest of them."""
         cell = self._passes.get(_size(rows), {}).get(_size(drafted))

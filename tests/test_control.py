@@ -171,6 +171,24 @@ def test_a_slow_first_measurement_is_forgotten() -> None:
     assert world.run(600) > 0.9 * world.best
 
 
+@pytest.mark.parametrize("believed", [0.4, 1.0, 2.5])
+def test_what_another_program_measured_of_plain_decoding_is_measured_again(believed: float) -> None:
+    """The machine was busy then, or is now: drafts that lose 10 % seemed to pay, or such that gain none to."""
+    for accepted, pays in ((0.1, False), (0.8, True)):
+        known = World(rows=8, accepted=accepted, token=0.02, book=0.3)
+        known.run(400)
+        costs = Costs.from_dict(known.controller.costs.as_dict())
+        costs._passes[8][0].latest.clear()
+        for _ in range(3):
+            costs._passes[8][0].latest.append((0, believed))
+        assert costs.knows(8, 0) and not costs.is_fresh(8)
+        world = World(rows=8, accepted=accepted, token=0.02, book=0.3)
+        world.controller = Adaptive(costs)
+        world.run(3)
+        assert world.lengths[0] == 0 and costs.is_fresh(8)
+        assert world.run(400) > 0.93 * world.best and pays == (np.median(world.lengths) > 0)
+
+
 def test_drafts_that_cost_nothing_are_made_where_a_models_do_not_pay() -> None:
     """Two rows: a lookup is sure of the first, a model's slow passes would serve the second."""
 
@@ -190,11 +208,13 @@ def test_drafts_that_cost_nothing_are_made_where_a_models_do_not_pay() -> None:
     assert world.controller.choose(world.sequences, Both()) == [3, 0]  # type: ignore[arg-type]
     cheap = World(rows=2)
     cheap.controller = Adaptive(Costs.from_dict(costs.as_dict()))
+    cheap.controller.costs.count_pass(2, 0, 1.0)
     for _ in range(5):
         cheap.controller.costs.count_draft(2, 1, 0.001)
     assert cheap.controller.choose(cheap.sequences, Both()) == [3, 3]  # type: ignore[arg-type]
     alone = World(rows=2)
     alone.controller = Adaptive(Costs.from_dict(costs.as_dict()))
+    alone.controller.costs.count_pass(2, 0, 1.0)
     alone.controller._thought.count_alone(
         100.0
     )  # a step with lookups cannot run with others, which takes as long as that
