@@ -193,8 +193,10 @@ class Costs:
         costs._passes, costs._drafts, reading = (_cells(given[name]) for name in ("passes", "drafts", "reading"))
         costs._reading = reading[0][0]
         for size, cells in costs._passes.items():
-            for cell in cells.values():
+            for drafted, cell in cells.items():
                 costs._note_most(size, cell)
+                if drafted and 0 in cells:  # as fast as the machine was then
+                    cell.beside = {0: cells[0].typical}
         return costs
 
 

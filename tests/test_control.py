@@ -189,6 +189,18 @@ def test_what_another_program_measured_of_plain_decoding_is_measured_again(belie
         assert world.run(400) > 0.93 * world.best and pays == (np.median(world.lengths) > 0)
 
 
+@pytest.mark.parametrize("pace", [0.5, 1.0])
+def test_what_another_program_measured_of_drafts_follows_plain_decoding(pace: float) -> None:
+    """Else a machine that is faster by now would seem to make drafts dear, and nobody would try them."""
+    before = Costs()
+    for drafted, seconds in ((0, 2.0), (4, 2.2), (8, 2.4)) * 3:
+        before.count_pass(1, drafted, seconds)
+    costs = Costs.from_dict(before.as_dict())
+    assert costs.passes(1, 8)[[0, 4, 8]].tolist() == pytest.approx([2.0, 2.2, 2.4])
+    costs.count_pass(1, 0, pace * 2.0)
+    assert costs.passes(1, 8)[[0, 4, 8]].tolist() == pytest.approx([pace * 2.0, pace * 2.2, pace * 2.4])
+
+
 def test_drafts_that_cost_nothing_are_made_where_a_models_do_not_pay() -> None:
     """Two rows: a lookup is sure of the first, a model's slow passes would serve the second."""
 
