@@ -96,6 +96,20 @@ def test_a_head_finds_what_was_put_out_for_a_beginning_that_is_not_read_again(ki
     assert not lm.knows(SYSTEM[:BLOCK]) and lm.reused_tokens == BLOCK
 
 
+def test_what_was_put_out_is_recalled_token_for_token() -> None:
+    lm = CpuLM(tiny_gpt(0, context=512, layers=4))
+    lm.tap([0, 2])
+    lm.reserve(1, 512)
+    tokens = text(3 * BLOCK + 5, seed=2)
+    lm.fill([tokens])
+    lm.remember(0, tokens)
+    whole = lm.take_features(0)
+    lm.restart(0, 0)
+    lm.recall(0, tokens)
+    assert lm.lengths[0] == lm.features_held(0) == 3 * BLOCK
+    assert torch.equal(lm.take_features(0), whole[: 3 * BLOCK])
+
+
 def test_another_engine_knows_nothing_of_it() -> None:
     first, second = engine(), engine()
     first.generate([PROMPTS[0]], **SETTINGS)

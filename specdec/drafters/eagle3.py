@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec.draft import Draft
-from specdec.drafters.features import FeatureDrafter, TreesOfHead
+from specdec.drafters.features import SLACK, FeatureDrafter, TreesOfHead
 from specdec.drafters.grown import DEEPEST
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.tree import behind
@@ -19,8 +19,6 @@ from specdec.lm.base import CachedLM
 from specdec.lm.fused import fused_lm
 from specdec.nn.eagle3 import Eagle3Head
 from specdec.sequences import Sequences
-
-_MOST = 17  # unread tokens of a row with which several rounds may begin
 
 
 class Places(NamedTuple):
@@ -86,7 +84,11 @@ class Eagle3Drafter(FeatureDrafter):
         slots = range(len(sequences))
         counts = [self.target.features_held(slot) for slot in slots]
         missing = [self.target.lengths[slot] - self.lm.lengths[slot] for slot in slots]
-        if getattr(self.lm, "fuse", None) is None or counts != missing or not 0 < min(counts) <= max(counts) <= _MOST:
+        if (
+            getattr(self.lm, "fuse", None) is None
+            or counts != missing
+            or not 0 < min(counts) <= max(counts) <= SLACK + 1
+        ):
             return None
         self._rows = max(self._rows, len(slots))
         return counts

@@ -14,7 +14,7 @@ from specdec.lm.base import CachedLM
 from specdec.lm.cache import Memory
 from specdec.sequences import Sequences, Step
 
-_SLACK = 16  # new features of a row that are read side by side with those of others; padding costs little up to here
+SLACK = 16  # new features of a row that are read side by side with those of others; padding costs little up to here
 _PART = 512  # of one row alone; bounds the memory of a pass
 
 
@@ -34,7 +34,7 @@ class FeatureDrafter(ABC):
     def reserve(self, rows: int, length: int) -> None:
         if self.target.tapped != self.layers:  # another drafter has tapped it since
             self.target.tap(self.layers)
-        self._memory.reserve(rows, min(length, self.target.context) + _SLACK)
+        self._memory.reserve(rows, min(length, self.target.context) + SLACK)
 
     def observe(self, step: Step) -> None:  # noqa: B027
         """Nothing to learn: what was committed comes as the target's features."""
@@ -61,7 +61,7 @@ class FeatureDrafter(ABC):
         counts = list(map(len, taken))
         begins = [self.target.lengths[slot] - count for slot, count in enumerate(counts)]
         for slot, features in enumerate(taken):
-            if len(features) > _SLACK:
+            if len(features) > SLACK:
                 for i, part in enumerate(features[:-1].split(_PART)):
                     self._read(sequences, [part], [begins[slot] + i * _PART], slot)
                 taken[slot], begins[slot] = features[-1:], self.target.lengths[slot] - 1
