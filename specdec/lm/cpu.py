@@ -68,7 +68,8 @@ class CpuLM(PagedLM):
         if library is None:
             raise LookupError(f"no compiled pass for {weight.dtype} on {weight.device}")
         super().__init__(model.config.vocab_size, model.config.max_position_embeddings, weight.device, weight.dtype)
-        self._library, self._packed, self.config = library, cpu.CpuModel(model, in_bytes=in_bytes), model.config
+        self._library, self.config = library, model.config
+        self._packed = cpu.CpuModel(library, model, in_bytes=in_bytes)
         self._others = None if in_bytes else cpu.OtherProducts.where_faster(library, model)
         self.in_bytes = in_bytes
         head_size = cpu.pad(self._packed.head_dim)

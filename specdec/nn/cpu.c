@@ -6,20 +6,22 @@
  *
  * Compiled twice: for bfloat16 weights and cache (float32 sums), and with -DFLOAT32.
  *
- * Layout of a weight [N, K], of 64 keys (N tokens, K channels) and of 64 values (N channels, K tokens): blocks of 16 rows;
- * in a block, for every PAIR of k, 16 times those PAIR numbers. 512 bits are then what one instruction multiplies. Sizes
- * are padded with zeros: N to 16, K to PAIR.
+ * Layout of a weight [N, K], of 64 keys (N tokens, K channels) and of 64 values (N channels, K tokens): blocks of LANES rows
+ * (16 with AVX-512); in a block, for every PAIR of k, LANES times those PAIR numbers: what one instruction multiplies. In bytes: BYTE_PAIR.
+ * Sizes are padded with zeros: N to WHOLE, K to PAIR.
  *
  * Shapes: M tokens, H hidden size, D head size, R query heads of a key/value head.
  */
 #include "pass.h"
 
 #define BLOCK 64 /* tokens of a block of the cache */
-#define TILE 13  /* the most tokens that share one reading of a weight */
+#define WHOLE 16 /* to multiples of which sizes are padded, whatever LANES is */
+#define TILE (REGISTERS == 32 ? 13 : 6) /* the most tokens that share one reading of a weight */
 #define HALF 6   /* as many of them as have registers for sums with four blocks: faster where there are several tiles */
-#define QUERIES 8 /* query heads that share one reading of keys and values */
+#define QUERIES (REGISTERS == 32 ? 8 : 6) /* query heads that share one reading of keys and values; at most TILE */
 #define FAR 2048 /* bytes of a block of a weight, to be asked for ahead of need where there is much to compute with each */
 #define CHUNK 512 /* k of a weight that stays in the nearest cache while several tiles read it */
+#define MOST_BLOCKS 8 /* of a weight that are read side by side */
 #define HEIGHT 64 /* tokens whose sums with a weight in bytes are kept at a time */
 
 typedef struct { /* a weight in the layout above */
@@ -48,7 +50,7 @@ typedef struct {
     int64_t keeps_norm; /* the residual stream begins with the normed hidden state */
 } Model;
 
-INLINE int64_t pad(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+INLINE int64_t pad(int64_t n) { return (n + WHOLE - 1) / WHOLE * WHOLE; }
 INLINE int64_t pad_pair(int64_t n) { return (n + PAIR - 1) / PAIR * PAIR; }
 /* The first `count` of LANES numbers, and zeros where the padding of a row of `size` numbers begins. */
 INLINE void store_some(elem *to, vec x, int64_t count) {
@@ -60,17 +62,54 @@ INLINE void store_some(elem *to, vec x, int64_t count) {
 
 /* --- products */
 
-#define OFFSET 192 /* of what a byte is read as: with the bits of 128 before it, it is a bfloat16 from 128 to 255 */
+#if defined(__AVX512BF16__) && !defined(FLOAT32)
+#define BYTE_PAIR 2 /* as PAIR, of a weight in bytes */
+#define OFFSET 192  /* of what a byte is read as: with the bits of 128 before it, it is a bfloat16 from 128 to 255 */
+#else
+#define BYTE_PAIR 1
+#define OFFSET 64
+#endif
 
 typedef struct { /* Two streams of a weight that will be needed next: memory brings them while there is much to compute */
     const char *first, *second;
 } Ahead;
 
+/* What products multiply weights with: numbers as they are where an instruction takes them, else float32. */
+#if defined(__AVX512BF16__) || defined(FLOAT32)
+#define WIDENS 0
+typedef elem input;
+#else
+#define WIDENS 1
+typedef float input;
+#endif
+
+#define APART(k) ((k) + LANES)
+
+typedef struct {
+    const input *x;
+    int64_t ld;
+} Inputs;
+
+/* x [mt, k]; `room` is for [mt, APART(k)]: rows a power of two apart would drive each other out of the cache. */
+INLINE Inputs inputs_of(const elem *x, int64_t ldx, int64_t mt, int64_t k, input *room) {
+#if WIDENS
+    for (int64_t m = 0; m < mt; m++) {
+        int64_t i = 0;
+        for (; i + LANES <= k; i += LANES) *(vec *)(room + m * APART(k) + i) = load(x + m * ldx + i);
+        for (; i < k; i++) room[m * APART(k) + i] = widen(x[m * ldx + i]);
+    }
+    return (Inputs){room, APART(k)};
+#else
+    (void)mt, (void)k, (void)room;
+    return (Inputs){x, ldx};
+#endif
+}
+
 INLINE Ahead nothing(const void *at_hand) { return (Ahead){at_hand, at_hand}; }
 
-/* out[m, 16 n ..] (+)= sum over k of x[m, k] w[n, k], for mt tokens and nb blocks of 16 rows of the weight; of one in
+/* out[m, LANES n ..] (+)= sum over k of x[m, k] w[n, k], for mt tokens and nb blocks of the weight; of one in
    bytes, w is byte + 128 */
-INLINE void tile(const int mt, const int nb, const int bytes, const elem *x, int64_t ldx, const void *w, int64_t ldw,
+INLINE void tile(const int mt, const int nb, const int bytes, const input *x, int64_t ldx, const void *w, int64_t ldw,
                  int64_t k, float *out, int64_t ldo, const float *begin, int64_t ldb, Ahead ahead) {
     vec sum[TILE][8]; /* of a constant size, so that it stays in registers */
 #pragma GCC unroll 13
@@ -82,21 +121,7 @@ INLINE void tile(const int mt, const int nb, const int bytes, const elem *x, int
         const uint8_t *byte = (const uint8_t *)w + i * LANES;
         __builtin_prefetch(ahead.first + i * LANES * sizeof(elem), 0, 2);
         __builtin_prefetch(ahead.second + i * LANES * sizeof(elem), 0, 2);
-#if defined(FLOAT32)
-        vec weight[8];
-#pragma GCC unroll 8
-        for (int n = 0; n < nb; n++)
-            if (bytes)
-                for (int l = 0; l < LANES; l++) weight[n][l] = 128 + byte[n * ldw + l];
-            else
-                weight[n] = *(const vec *)(here + n * ldw);
-#pragma GCC unroll 13
-        for (int m = 0; m < mt; m++) {
-            vec one = spread(x[m * ldx + i]);
-#pragma GCC unroll 8
-            for (int n = 0; n < nb; n++) sum[m][n] += one * weight[n];
-        }
-#elif defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(FLOAT32)
         __m512bh weight[8];
 #pragma GCC unroll 8
         for (int n = 0; n < nb; n++)
@@ -112,21 +137,17 @@ INLINE void tile(const int mt, const int nb, const int bytes, const elem *x, int
             for (int n = 0; n < nb; n++) sum[m][n] = (vec)_mm512_dpbf16_ps((__m512)sum[m][n], one, weight[n]);
         }
 #else
-        bits weight[8];
+#pragma GCC unroll 2
+        for (int j = 0; j < PAIR; j++) {
+            vec weight[8];
 #pragma GCC unroll 8
-        for (int n = 0; n < nb; n++)
-            if (bytes)
-                for (int l = 0; l < LANES; l++)
-                    weight[n][l] = (0x4300u | byte[n * ldw + 2 * l]) | (0x4300u | byte[n * ldw + 2 * l + 1]) << 16;
-            else
-                weight[n] = *(const bits *)(here + n * ldw);
+            for (int n = 0; n < nb; n++)
+                weight[n] = bytes ? every_byte(byte + n * ldw + j * LANES) : every(here + n * ldw, j);
 #pragma GCC unroll 13
-        for (int m = 0; m < mt; m++) {
-            vec first = spread(widen(x[m * ldx + i])), second = spread(widen(x[m * ldx + i + 1]));
+            for (int m = 0; m < mt; m++) {
+                vec one = spread(x[m * ldx + i + j]);
 #pragma GCC unroll 8
-            for (int n = 0; n < nb; n++) {
-                sum[m][n] += first * (vec)(weight[n] << 16);
-                sum[m][n] += second * (vec)(weight[n] & 0xffff0000u);
+                for (int n = 0; n < nb; n++) sum[m][n] += one * weight[n];
             }
         }
 #endif
@@ -137,12 +158,9 @@ INLINE void tile(const int mt, const int nb, const int bytes, const elem *x, int
         for (int n = 0; n < nb; n++) *(vec *)(out + m * ldo + n * LANES) = sum[m][n];
 }
 
-/* As many blocks at once as there are registers for the sums of mt tokens. */
-INLINE int blocks_at_once(int mt) { return mt <= 2 ? 8 : mt <= 6 ? 4 : 2; }
-
-typedef void Tile(const elem *, int64_t, const void *, int64_t, int64_t, float *, int64_t, const float *, int64_t, Ahead);
+typedef void Tile(const input *, int64_t, const void *, int64_t, int64_t, float *, int64_t, const float *, int64_t, Ahead);
 #define TILE_OF(M, N, BYTES)                                                                                    \
-    static void tile_##M##_##N##_##BYTES(const elem *x, int64_t ldx, const void *w, int64_t ldw, int64_t k,     \
+    static void tile_##M##_##N##_##BYTES(const input *x, int64_t ldx, const void *w, int64_t ldw, int64_t k,     \
                                          float *out, int64_t ldo, const float *begin, int64_t ldb,              \
                                          Ahead ahead) {                                                         \
         tile(M, N, BYTES, x, ldx, w, ldw, k, out, ldo, begin, ldb, ahead);                                      \
@@ -150,28 +168,38 @@ typedef void Tile(const elem *, int64_t, const void *, int64_t, int64_t, float *
 #define TILES_2(M, BYTES) TILE_OF(M, 1, BYTES) TILE_OF(M, 2, BYTES)
 #define TILES_4(M, BYTES) TILES_2(M, BYTES) TILE_OF(M, 4, BYTES)
 #define TILES_8(M, BYTES) TILES_4(M, BYTES) TILE_OF(M, 8, BYTES)
+#define ROW_2(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, 0, 0}
+#define ROW_4(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, tile_##M##_4_##BYTES, 0}
+#define ROW_8(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, tile_##M##_4_##BYTES, tile_##M##_8_##BYTES}
+/* As many blocks at once as there are registers for the sums of so many tokens. */
+#if REGISTERS == 32
 #define ALL_TILES(BYTES)                                                                                        \
     TILES_8(1, BYTES) TILES_8(2, BYTES) TILES_4(3, BYTES) TILES_4(4, BYTES) TILES_4(5, BYTES) TILES_4(6, BYTES) \
     TILES_2(7, BYTES) TILES_2(8, BYTES) TILES_2(9, BYTES) TILES_2(10, BYTES) TILES_2(11, BYTES)                 \
     TILES_2(12, BYTES) TILES_2(13, BYTES)
-ALL_TILES(0) ALL_TILES(1)
-#define ROW_2(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, 0, 0}
-#define ROW_4(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, tile_##M##_4_##BYTES, 0}
-#define ROW_8(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, tile_##M##_4_##BYTES, tile_##M##_8_##BYTES}
 #define ROWS(BYTES)                                                                                             \
     {ROW_8(1, BYTES), ROW_8(2, BYTES), ROW_4(3, BYTES), ROW_4(4, BYTES), ROW_4(5, BYTES),                       \
      ROW_4(6, BYTES), ROW_2(7, BYTES), ROW_2(8, BYTES), ROW_2(9, BYTES), ROW_2(10, BYTES),                      \
      ROW_2(11, BYTES), ROW_2(12, BYTES), ROW_2(13, BYTES)}
+INLINE int blocks_at_once(int mt) { return mt <= 2 ? 8 : mt <= 6 ? 4 : 2; }
+#else
+#define ALL_TILES(BYTES)                                                                                        \
+    TILES_8(1, BYTES) TILES_4(2, BYTES) TILES_2(3, BYTES) TILES_2(4, BYTES) TILES_2(5, BYTES) TILES_2(6, BYTES)
+#define ROWS(BYTES)                                                                                             \
+    {ROW_8(1, BYTES), ROW_4(2, BYTES), ROW_2(3, BYTES), ROW_2(4, BYTES), ROW_2(5, BYTES), ROW_2(6, BYTES)}
+INLINE int blocks_at_once(int mt) { return mt <= 1 ? 8 : mt <= 2 ? 4 : 2; }
+#endif
+ALL_TILES(0) ALL_TILES(1)
 static Tile *const TILES[2][TILE][4] = {ROWS(0), ROWS(1)};
 
 /* mt <= TILE tokens and any number of blocks; a token's sums do not depend on how the blocks are taken together. */
-static void strip(int bytes, int mt, int64_t blocks, const elem *x, int64_t ldx, const void *w, int64_t ldw, int64_t k,
-                  float *out, int64_t ldo, const float *begin, int64_t ldb, Ahead ahead) {
+static void strip(int bytes, int mt, int64_t blocks, Inputs of, const void *w, int64_t ldw, int64_t k, float *out,
+                  int64_t ldo, const float *begin, int64_t ldb, Ahead ahead) {
     int64_t row = ldw * (bytes ? 1 : sizeof(elem));
     for (int64_t n = 0; n < blocks;) {
         int size = blocks_at_once(mt), place = size == 8 ? 3 : size == 4 ? 2 : 1;
         while (size > blocks - n) size /= 2, place--;
-        TILES[bytes][mt - 1][place](x, ldx, (const char *)w + n * row, ldw, k, out + n * LANES, ldo,
+        TILES[bytes][mt - 1][place](of.x, of.ld, (const char *)w + n * row, ldw, k, out + n * LANES, ldo,
                                     begin ? begin + n * LANES : 0, ldb, ahead);
         n += size;
     }
@@ -188,19 +216,9 @@ static float sum_of(const elem *x, int64_t k) {
     return found;
 }
 
-/* `linear` of count blocks from n on, for a weight in bytes; `sizes` are the sums of the tokens' inputs. */
-static void bytes_strip(const Linear *by, int64_t n, int64_t count, int64_t tokens, int64_t height, const elem *x,
-                        int64_t ldx, const float *sizes, float *out, int64_t ldo, int add) {
-    float sums[HEIGHT][8 * LANES];
-    const uint8_t *weight = (const uint8_t *)by->weight + n * by->k * LANES;
-    int64_t chunk = tokens > height ? CHUNK : by->k;
-    for (int64_t i = 0; i < by->k; i += chunk) {
-        int64_t length = by->k - i < chunk ? by->k - i : chunk;
-        for (int64_t m = 0; m < tokens; m += height)
-            strip(1, tokens - m < height ? tokens - m : height, count, x + m * ldx + i, ldx, weight + i * LANES,
-                  by->k * LANES, length, sums[m], 8 * LANES, i ? sums[m] : 0, i ? 8 * LANES : 0,
-                  nothing(weight));
-    }
+/* Sums with a weight in bytes become products with what the bytes stand for; `sizes` are the sums of the tokens' inputs. */
+static void scaled(const Linear *by, int64_t n, int64_t count, int64_t tokens, float (*sums)[MOST_BLOCKS * LANES], const float *sizes,
+                   float *out, int64_t ldo, int add) {
     for (int64_t m = 0; m < tokens; m++)
         for (int64_t j = 0; j < count; j++) {
             vec *to = (vec *)(out + m * ldo + j * LANES);
@@ -210,40 +228,52 @@ static void bytes_strip(const Linear *by, int64_t n, int64_t count, int64_t toke
         }
 }
 
+/* What to ask for while tile `t` reads a strip, `count` blocks of a weight from n on, k from i on. */
+INLINE Ahead look_ahead(const Linear *by, int64_t n, int64_t count, int64_t i, int64_t chunk, int64_t t, int64_t tiles,
+                        int64_t height) {
+    int64_t ldw = by->k * LANES, each = (count + tiles - 1) / tiles, asked = t * each;
+    const elem *weight = (const elem *)by->weight + n * ldw + i * LANES;
+    const elem *next = i + chunk < by->k ? weight + chunk * LANES : (const elem *)by->weight + (n + count) * ldw;
+    if (by->scale) return nothing(weight);
+    if (tiles == 1 && height > HALF) return (Ahead){(const char *)weight + FAR, (const char *)(weight + ldw) + FAR};
+    if (tiles == 1 || next >= (const elem *)by->weight + by->n / LANES * ldw) return nothing(weight);
+    return (Ahead){(const char *)(asked < count ? next + asked * ldw : weight),
+                   (const char *)(each > 1 && asked + 1 < count ? next + (asked + 1) * ldw : weight)};
+}
+
 /* out[M, n] = (add: out +) x[M, k] w^T (+ bias), by all threads of the team */
 static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx, float *out, int64_t ldo, int add) {
-    int64_t blocks = by->n / LANES, ldw = by->k * LANES;
     int64_t tiles = tokens <= TILE ? 1 : tokens <= 2 * TILE ? 2 : (tokens + HALF - 1) / HALF, height = (tokens + tiles - 1) / tiles;
-    int64_t at_once = blocks_at_once(height), strips = (blocks + at_once - 1) / at_once;
-    int64_t chunk = tiles > 1 ? CHUNK : by->k, group = HEIGHT / height * height;
-    float sizes[by->scale ? tokens : 1];
+    int64_t blocks = by->n / LANES, at_once = WIDENS && tiles > 1 ? MOST_BLOCKS : blocks_at_once(height), strips = (blocks + at_once - 1) / at_once;
+    int64_t chunk = tiles > 1 ? CHUNK : by->k, group = by->scale ? HEIGHT / height * height : tokens;
+    float sizes[by->scale ? tokens : 1], sums[by->scale ? HEIGHT : 1][MOST_BLOCKS * LANES];
+    input room[WIDENS ? height * APART(chunk) : 1];
+    Inputs inputs = {0, 0};
     for (int64_t m = 0; by->scale && m < tokens; m++) sizes[m] = sum_of(x + m * ldx, by->k);
 #pragma omp for schedule(static)
-    for (int64_t s = 0; s < strips; s++) {
-        int64_t n = s * at_once, count = blocks - n < at_once ? blocks - n : at_once;
-        for (int64_t m = 0; by->scale && m < tokens; m += group)
-            bytes_strip(by, n, count, tokens - m < group ? tokens - m : group, height, x + m * ldx, ldx, sizes + m,
-                        out + m * ldo + n * LANES, ldo, add);
-        if (by->scale) continue;
-        for (int64_t i = 0; i < by->k; i += chunk) {
-            int64_t length = by->k - i < chunk ? by->k - i : chunk, each = (count + tiles - 1) / tiles;
-            const elem *weight = (const elem *)by->weight + n * ldw + i * LANES;
-            const elem *next = i + chunk < by->k ? weight + chunk * LANES : (const elem *)by->weight + (n + count) * ldw;
-            int64_t asked = tiles == 1 || next >= (const elem *)by->weight + blocks * ldw ? count : 0; /* blocks of `next` */
-            for (int64_t m = 0; m < tokens; m += height, asked += each) {
-                Ahead ahead = {(const char *)(asked < count ? next + asked * ldw : weight),
-                               (const char *)(each > 1 && asked + 1 < count ? next + (asked + 1) * ldw : weight)};
-                if (tiles == 1 && height > HALF)
-                    ahead = (Ahead){(const char *)weight + FAR, (const char *)(weight + ldw) + FAR};
-                int mt = tokens - m < height ? tokens - m : height;
-                float *here = out + m * ldo + n * LANES;
-                for (int64_t j = 0; add && by->bias && !i && j < mt * count; j++)
-                    *(vec *)(here + j / count * ldo + j % count * LANES) += *(const vec *)(by->bias + (n + j % count) * LANES);
-                const float *begin = i || add ? here : by->bias ? by->bias + n * LANES : 0;
-                strip(0, mt, count, x + m * ldx + i, ldx, weight, ldw, length, here, ldo, begin, i || add ? ldo : 0, ahead);
-            }
+    for (int64_t s = 0; s < strips; s++)
+        for (int64_t g = 0; g < tokens; g += group) {
+            int64_t n = s * at_once, count = least(at_once, blocks - n), end = least(g + group, tokens);
+            for (int64_t i = 0; i < by->k; i += chunk)
+                for (int64_t m = g; m < end; m += height) {
+                    int64_t mt = least(height, end - m), length = least(chunk, by->k - i);
+                    float *here = by->scale ? sums[m - g] : out + m * ldo + n * LANES;
+                    int64_t ldh = by->scale ? MOST_BLOCKS * LANES : ldo, ldb = ldh, size = by->scale ? 1 : sizeof(elem);
+                    const float *begin = i || add ? here : 0;
+                    if (by->scale && !i) begin = 0;
+                    if (by->bias && !by->scale && !i) {
+                        for (int64_t j = 0; add && j < mt * count; j++)
+                            *(vec *)(here + j / count * ldo + j % count * LANES) +=
+                                *(const vec *)(by->bias + (n + j % count) * LANES);
+                        if (!add) begin = by->bias + n * LANES, ldb = 0;
+                    }
+                    if (!inputs.x || tiles > 1) inputs = inputs_of(x + m * ldx + i, ldx, mt, length, room);
+                    strip(!!by->scale, mt, count, inputs, (const char *)by->weight + (n * by->k + i) * LANES * size,
+                          by->k * LANES, length, here, ldh, begin, ldb, look_ahead(by, n, count, i, chunk, m / height, tiles, height));
+                }
+            if (by->scale)
+                scaled(by, n, count, end - g, sums, sizes + g, out + g * ldo + n * LANES, ldo, add);
         }
-    }
 }
 
 /* --- the rest of a block */
@@ -347,11 +377,11 @@ INLINE uint64_t visible(const Pass *pass, int64_t row, int64_t m, int64_t b) {
    score so far and the sum of weights kept; what was mixed before shrinks as the largest score grows (online softmax,
    Milakov and Gimelshein 2018). */
 INLINE void soften(const float *scores, uint64_t live, elem *p, float *largest, float *sum, float *mixed, int64_t size) {
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const ints lane = lanes_from(0);
     ints counts[BLOCK / LANES];
     vec peaks = spread(*largest), weights = {0};
     for (int i = 0; i < BLOCK / LANES; i++) {
-        counts[i] = ((((ints){0} + (int32_t)(live >> i * LANES & 0xffff)) >> lane) & 1) != 0;
+        counts[i] = ((((ints){0} + (int32_t)(live >> i * LANES & ((1 << LANES) - 1))) >> lane) & 1) != 0;
         vec here = choose(counts[i], ((const vec *)scores)[i], spread(-INFINITY));
         peaks = choose(here > peaks, here, peaks);
     }
@@ -374,6 +404,7 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
                         int mt) {
     int64_t size = model->head_dim, padded = pad(size), share = model->heads / model->groups;
     elem queries[QUERIES][padded], p[QUERIES][BLOCK];
+    input room[WIDENS ? QUERIES * APART(padded) : 1], weights[WIDENS ? QUERIES * APART(BLOCK) : 1];
     float scores[QUERIES][BLOCK], mixed[QUERIES][padded], largest[QUERIES], sum[QUERIES];
     int64_t place[QUERIES], last[QUERIES], blocks = 0;
     for (int m = 0; m < mt; m++) {
@@ -386,16 +417,17 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
         largest[m] = -INFINITY, sum[m] = 0;
         blocks = last[m] / BLOCK + 1 > blocks ? last[m] / BLOCK + 1 : blocks;
     }
+    Inputs asking = inputs_of(queries[0], padded, mt, padded, room);
     for (int64_t b = 0; b < blocks; b++) {
         const elem *keys = block_of(pass, model, row, b, number, group), *values = keys + BLOCK * padded;
-        strip(0, mt, BLOCK / LANES, queries[0], padded, keys, padded * LANES, padded, scores[0], BLOCK, 0, 0, nothing(keys));
+        strip(0, mt, BLOCK / LANES, asking, keys, padded * LANES, padded, scores[0], BLOCK, 0, 0, nothing(keys));
         for (int m = 0; m < mt; m++) {
             if (last[m] < b * BLOCK)
                 memset(p[m], 0, sizeof p[m]);
             else
                 soften(scores[m], visible(pass, row, place[m], b), p[m], &largest[m], &sum[m], mixed[m], padded);
         }
-        strip(0, mt, padded / LANES, p[0], BLOCK, values, BLOCK * LANES, BLOCK, mixed[0], padded, mixed[0], padded,
+        strip(0, mt, padded / LANES, inputs_of(p[0], BLOCK, mt, BLOCK, weights), values, BLOCK * LANES, BLOCK, mixed[0], padded, mixed[0], padded,
               nothing(values));
     }
     for (int m = 0; m < mt; m++) {
@@ -487,6 +519,10 @@ void stage(const Pass *pass, const Model *model, int64_t layer, int64_t which) {
 #pragma omp parallel num_threads((int)pass->threads)
     before(pass, model, layer, which);
 }
+
+/* How weights lie */
+int64_t lanes(void) { return LANES; }
+int64_t byte_pair(void) { return BYTE_PAIR; }
 
 /* Whether all tokens are in the vocabulary; the other functions trust them. */
 int64_t readable(const Pass *pass, const Model *model) {

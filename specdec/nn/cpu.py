@@ -21,7 +21,7 @@ from specdec.nn.gpt import GPT, head_size
 from specdec.nn.packed import PackedLinear, can_pack
 
 PRODUCTS = ("qkv", "o", "gate_up", "down")  # of a block, in the order in which they run
-LANES = 16  # rows of a weight that lie side by side; see cpu.c
+WHOLE = 16  # to multiples of which sizes are padded; see cpu.c
 EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL, NOTE = range(7)  # the stages of cpu.c
 TRIED_TOKENS = (8, 16, 32, 64, 128)  # of passes that oneDNN is tried with
 WORTH_A_THREAD = 2**21  # multiplications, some tens of microseconds
@@ -85,11 +85,11 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled functions for models of ``dtype``; None where there are none. Compiling takes seconds, once."""
     found = compiled("cpu.c", dtype=dtype, purpose="decoding")
     if found is not None:
-        found.readable.restype = c_int64
+        found.readable.restype = found.lanes.restype = found.byte_pair.restype = c_int64
     return found
 
 
-def pad(size: int, to: int = LANES) -> int:
+def pad(size: int, to: int = WHOLE) -> int:
     """The next multiple of ``to``."""
     return -(-size // to) * to
 
@@ -99,12 +99,12 @@ def pair(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.bfloat16 else 1
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A weight [N, K] in the order in which cpu.c reads it, padded with zeros."""
-    step = pair(weight.dtype)
+def pack(library: ctypes.CDLL, weight: Tensor) -> Tensor:
+    """A weight [N, K] in the order in which ``library``, a cpu.c, reads it, padded with zeros."""
+    step, lanes = pair(weight.dtype), library.lanes()
     rows, columns = weight.shape
     padded = nn.functional.pad(weight, (0, pad(columns, step) - columns, 0, pad(rows) - rows))
-    return padded.view(-1, LANES, pad(columns, step) // step, step).transpose(1, 2).contiguous()
+    return padded.view(-1, lanes, pad(columns, step) // step, step).transpose(1, 2).contiguous()
 
 
 def blocks_of(model: GPT) -> list[Any]:
@@ -113,9 +113,10 @@ def blocks_of(model: GPT) -> list[Any]:
 
 
 class CpuModel:
-    """A ``GPT``'s weights packed, and the structure that the compiled functions read. The ``GPT`` is not kept."""
+    """A ``GPT``'s weights packed, and the structure that a compiled ``library`` reads. The ``GPT`` is not kept."""
 
-    def __init__(self, model: GPT, *, in_bytes: bool = False) -> None:
+    def __init__(self, library: ctypes.CDLL, model: GPT, *, in_bytes: bool = False) -> None:
+        self.library = library
         config, self.dtype, self.in_bytes = model.config, model.embed_tokens.weight.dtype, in_bytes
         self._kept: list[Tensor] = []  # what the structures point into
         self.layers = (Layer * config.num_hidden_layers)()
@@ -145,7 +146,7 @@ class CpuModel:
         self.widest_input = max(
             pad(n) for n in (self.hidden, self.layers[0].qkv.k, self.heads * self.head_dim, self.inner)
         )
-        self.widest_output = max(self.layers[0].qkv.n, self.layers[0].gate_up.n + LANES)
+        self.widest_output = max(self.layers[0].qkv.n, self.layers[0].gate_up.n + WHOLE)
 
     def view(self, layers: Sequence[int], *, in_bytes: bool = False) -> CpuModel:
         """The same model with these of its layers, and with products in bytes if so asked; all else is shared."""
@@ -177,9 +178,11 @@ class CpuModel:
 
     def _rounded(self, packed: Tensor, linear: Linear) -> Linear:
         """``linear``, whose weight is ``packed``, rounded to 127 steps per row, half the size of bfloat16."""
-        weight = packed.float()  # [N / 16, K / pair, 16, pair]
+        weight = packed.float()  # [N / lanes, K / pair, lanes, pair]
         scale = weight.abs().amax(dim=(1, 3)).clamp(min=torch.finfo(torch.float32).tiny) / 63
         steps = (weight / scale[:, None, :, None]).round().clamp(-63, 63) + 64
+        if self.library.byte_pair() == 1:
+            steps = steps.transpose(2, 3)
         kept = self._keep(steps.to(torch.uint8).contiguous()), self._keep(scale.flatten())
         return Linear(kept[0], linear.bias, linear.n, linear.k, kept[1])
 
@@ -191,7 +194,7 @@ class CpuModel:
         return self._keep(nn.functional.pad(vector.detach().float(), (0, pad(len(vector)) - len(vector))))
 
     def _linear(self, layer: nn.Linear) -> Linear:
-        packed = pack(layer.weight.detach())
+        packed = pack(self.library, layer.weight.detach())
         bias = None if layer.bias is None else self._floats(layer.bias)
         found = Linear(None, bias, pad(layer.out_features), pad(layer.in_features, pair(self.dtype)))
         if self.in_bytes:
@@ -219,7 +222,7 @@ class CompiledLinear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         (self.out_features, self.in_features), step = weight.shape, pair(weight.dtype)
-        self.library, self.packed = library, pack(weight)
+        self.library, self.packed = library, pack(library, weight)
         self.bias = None if linear.bias is None else nn.functional.pad(linear.bias.detach().float(), (0, pad(1)))
         self.by = Linear(
             self.packed.data_ptr(), None if self.bias is None else self.bias.data_ptr(),
@@ -298,7 +301,7 @@ class OtherProducts:
 def _crossover(library: ctypes.CDLL, linear: nn.Linear) -> int | None:
     """The fewest tokens whose product with this weight oneDNN computes clearly faster than we; None for never."""
     weight = linear.weight.detach()
-    ours, theirs = pack(weight), PackedLinear(linear)
+    ours, theirs = pack(library, weight), PackedLinear(linear)
     by = Linear(ours.data_ptr(), None, pad(linear.out_features), pad(linear.in_features, pair(weight.dtype)))
     x = torch.zeros(TRIED_TOKENS[-1], by.k, dtype=weight.dtype)
     out = torch.empty(len(x), by.n, dtype=torch.float32)

@@ -6,15 +6,23 @@
 #include "vectors.h"
 
 #define BLOCK 64 /* k of a weight that is filled LANES by LANES */
-#define TILE 6   /* rows of a product for whose sums with 4 LANES columns there are registers */
+#define TILE 6   /* rows of a product for whose sums with ACROSS LANES columns there are registers */
+#define ACROSS (REGISTERS == 32 ? 4 : 2)
 
-/* Of a block of a weight [LANES, k], number j of the first PAIR of k. */
-INLINE vec every(const elem *weight, int j) {
+/* LANES times number j of PAIR numbers */
+INLINE vec one_of(const elem *x, int j) {
 #ifdef FLOAT32
-    return *(const vec *)(weight + j);
+    return spread(x[j]);
 #else
-    bits both = *(const bits *)weight;
-    return (vec)(j ? both & 0xffff0000u : both << 16);
+#if defined(__AVX2__) /* GCC would shift before it spreads, or keep what it spread: too many instructions, or registers */
+    bits all;
+    __asm__ volatile("vpbroadcastd %1, %0" : "=v"(all) : "m"(*(const uint32_t *)x), "i"(j));
+#else
+    uint32_t both;
+    memcpy(&both, x, 4);
+    bits all = (bits){0} + both;
+#endif
+    return (vec)(j ? all & 0xffff0000u : all << 16);
 #endif
 }
 
@@ -28,13 +36,8 @@ INLINE void store_two(elem *to, vec even, vec odd) {
     __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, (__m512i)both));
 #else
-    for (int i = 0; i < LANES; i++) to[2 * i] = narrow(even[i]), to[2 * i + 1] = narrow(odd[i]);
+    *(bits *)to = rounded(even) >> 16 | rounded(odd);
 #endif
-}
-
-INLINE ints lanes_from(int64_t first) {
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane + (int32_t)first;
 }
 
 /* x [LANES, LANES] transposed: halves, quarters, ... that are on the wrong side of the diagonal change places. */
@@ -109,7 +112,7 @@ INLINE void take_across(float *rows, const float *x, int64_t size) {
 /* out [rows, LANES * blocks] (add: +)= x [rows, k] w^T, for numbers of rows and blocks that the compiler knows */
 INLINE void tile(const int rows, const int blocks, const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k,
                  float *out, int64_t ldo, int add) {
-    vec sum[TILE][4]; /* of a constant size, so that it stays in registers */
+    vec sum[TILE][ACROSS]; /* of a constant size, so that it stays in registers */
 #pragma GCC unroll 6
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 4
@@ -128,14 +131,18 @@ INLINE void tile(const int rows, const int blocks, const elem *x, int64_t ldx, c
             for (int n = 0; n < blocks; n++) sum[m][n] = (vec)_mm512_dpbf16_ps((__m512)sum[m][n], both, weight[n]);
         }
 #else
-        for (int j = 0; j < PAIR; j++)
-#pragma GCC unroll 6
-            for (int m = 0; m < rows; m++)
+#pragma GCC unroll 2
+        for (int j = 0; j < PAIR; j++) {
+            vec weight[ACROSS];
 #pragma GCC unroll 4
-                for (int n = 0; n < blocks; n++) {
-                    const elem *weight = w + n * ldw + i * LANES;
-                    sum[m][n] += widen(x[m * ldx + i + j]) * every(weight, j);
-                }
+            for (int n = 0; n < blocks; n++) weight[n] = every(w + n * ldw + i * LANES, j);
+#pragma GCC unroll 6
+            for (int m = 0; m < rows; m++) {
+                vec one = one_of(x + m * ldx + i, j);
+#pragma GCC unroll 4
+                for (int n = 0; n < blocks; n++) sum[m][n] += one * weight[n];
+            }
+        }
 #endif
     }
 #pragma GCC unroll 6
@@ -144,15 +151,18 @@ INLINE void tile(const int rows, const int blocks, const elem *x, int64_t ldx, c
         for (int n = 0; n < blocks; n++) *(vec *)(out + m * ldo + n * LANES) = sum[m][n];
 }
 
-/* The same for any number of rows and up to 4 blocks; a sum does not depend on what is computed beside it. */
+/* The same for any number of rows and up to ACROSS blocks; a sum does not depend on what is computed beside it. */
 static void strip(int64_t rows, int blocks, const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k,
                   float *out, int64_t ldo, int add) {
 #define WITH(ROWS, BLOCKS) \
     case BLOCKS: tile(ROWS, BLOCKS, x + m * ldx, ldx, w, ldw, k, out + m * ldo, ldo, add); break;
-#define TILES(ROWS)                                                 \
-    for (; m + ROWS <= rows; m += ROWS) switch (blocks) {           \
-            WITH(ROWS, 1) WITH(ROWS, 2) WITH(ROWS, 3) WITH(ROWS, 4) \
-        }
+#if REGISTERS == 32
+#define UP_TO(ROWS) WITH(ROWS, 1) WITH(ROWS, 2) WITH(ROWS, 3) WITH(ROWS, 4)
+#else
+#define UP_TO(ROWS) WITH(ROWS, 1) WITH(ROWS, 2)
+#endif
+#define TILES(ROWS) \
+    for (; m + ROWS <= rows; m += ROWS) switch (blocks) { UP_TO(ROWS) }
     int64_t m = 0;
     TILES(TILE)
     TILES(4)
@@ -162,6 +172,6 @@ static void strip(int64_t rows, int blocks, const elem *x, int64_t ldx, const el
 /* The same for any number of blocks */
 static void multiply(int64_t rows, int64_t blocks, const elem *x, int64_t ldx, const elem *w, int64_t ldw, int64_t k,
                      float *out, int64_t ldo, int add) {
-    for (int64_t n = 0; n < blocks; n += 4)
-        strip(rows, least(4, blocks - n), x, ldx, w + n * ldw, ldw, k, out + n * LANES, ldo, add);
+    for (int64_t n = 0; n < blocks; n += ACROSS)
+        strip(rows, least(ACROSS, blocks - n), x, ldx, w + n * ldw, ldw, k, out + n * LANES, ldo, add);
 }

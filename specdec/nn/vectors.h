@@ -3,17 +3,30 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define LANES 16
 
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t bits __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
+/* What one register holds: compilers keep vectors of more in memory. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define REGISTERS 32
+#else
+#define REGISTERS 16
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 #ifdef FLOAT32
 #define PAIR 1 /* neighbouring k of a weight that lie side by side */
@@ -43,14 +56,47 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vec spread(float x) { return x - (vec){0}; }
 INLINE vec choose(ints which, vec yes, vec no) { return (vec)((which & (ints)yes) | (~which & (ints)no)); }
 
+INLINE ints lanes_from(int64_t first) {
+    static const int32_t lane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return *(const ints *)lane + (int32_t)first;
+}
+
+/* bfloat16, rounded as `narrow` rounds, in the upper halves */
+INLINE bits rounded(vec x) {
+    bits all = (bits)x;
+    return (bits)choose(x == x, (vec)(all + 0x7fff + (all >> 16 & 1)), (vec)((bits){0} + 0x7fc00000)) & 0xffff0000u;
+}
+
 INLINE void store(elem *to, vec x) {
 #if defined(FLOAT32)
     *(vec *)to = x;
 #elif defined(__AVX512BF16__)
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
-    for (int i = 0; i < LANES; i++) to[i] = narrow(x[i]);
+    *(halves *)to = __builtin_convertvector(rounded(x) >> 16, halves);
 #endif
+}
+
+/* Of a block of a weight [LANES, k], number j of its first PAIR of k */
+INLINE vec every(const elem *weight, int j) {
+#ifdef FLOAT32
+    return *(const vec *)(weight + j);
+#else
+    bits both = *(const bits *)weight;
+    return (vec)(j ? both & 0xffff0000u : both << 16);
+#endif
+}
+
+INLINE vec every_byte(const uint8_t *weight) {
+#if defined(__AVX512F__)
+    ints whole = (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)weight));
+#elif defined(__AVX2__)
+    ints whole = (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)weight));
+#else
+    ints whole;
+    for (int i = 0; i < LANES; i++) whole[i] = weight[i];
+#endif
+    return __builtin_convertvector(whole, vec);
 }
 
 INLINE float total(vec v) {
