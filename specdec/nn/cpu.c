@@ -6,30 +6,15 @@
  *
  * Compiled twice: for bfloat16 weights and cache (float32 sums), and with -DFLOAT32.
  *
- * Layout of a weight [N, K], of 64 keys (N tokens, K channels) and of 64 values (N channels, K tokens): blocks of LANES rows
- * (16 with AVX-512); in a block, for every PAIR of k, LANES times those PAIR numbers: what one instruction multiplies. In bytes: BYTE_PAIR.
- * Sizes are padded with zeros: N to WHOLE, K to PAIR.
+ * Keys (64 tokens, K channels) and values (N channels, 64 tokens) lie as weights do; see linear.h.
  *
  * Shapes: M tokens, H hidden size, D head size, R query heads of a key/value head.
  */
+#include "linear.h"
 #include "pass.h"
 
 #define BLOCK 64 /* tokens of a block of the cache */
-#define WHOLE 16 /* to multiples of which sizes are padded, whatever LANES is */
-#define TILE (REGISTERS == 32 ? 13 : 6) /* the most tokens that share one reading of a weight */
-#define HALF 6   /* as many of them as have registers for sums with four blocks: faster where there are several tiles */
 #define QUERIES (REGISTERS == 32 ? 8 : 6) /* query heads that share one reading of keys and values; at most TILE */
-#define FAR 2048 /* bytes of a block of a weight, to be asked for ahead of need where there is much to compute with each */
-#define CHUNK 512 /* k of a weight that stays in the nearest cache while several tiles read it */
-#define MOST_BLOCKS 8 /* of a weight that are read side by side */
-#define HEIGHT 64 /* tokens whose sums with a weight in bytes are kept at a time */
-
-typedef struct { /* a weight in the layout above */
-    const void *weight; /* elem; with a scale bytes, of which each stands for scale[n] * (byte - 64) */
-    const float *bias;  /* or NULL */
-    int64_t n, k;       /* padded */
-    const float *scale; /* [n] or NULL */
-} Linear;
 
 typedef struct {
     const float *input_norm, *post_norm, *q_norm, *k_norm; /* the last two may be NULL */
@@ -59,224 +44,6 @@ INLINE void store_some(elem *to, vec x, int64_t count) {
     else
         for (int64_t i = 0; i < pad_pair(count); i++) to[i] = i < count ? narrow(x[i]) : 0;
 }
-
-/* --- products */
-
-#if defined(__AVX512BF16__) && !defined(FLOAT32)
-#define BYTE_PAIR 2 /* as PAIR, of a weight in bytes */
-#define OFFSET 192  /* of what a byte is read as: with the bits of 128 before it, it is a bfloat16 from 128 to 255 */
-#else
-#define BYTE_PAIR 1
-#define OFFSET 64
-#endif
-
-typedef struct { /* Two streams of a weight that will be needed next: memory brings them while there is much to compute */
-    const char *first, *second;
-} Ahead;
-
-/* What products multiply weights with: numbers as they are where an instruction takes them, else float32. */
-#if defined(__AVX512BF16__) || defined(FLOAT32)
-#define WIDENS 0
-typedef elem input;
-#else
-#define WIDENS 1
-typedef float input;
-#endif
-
-#define APART(k) ((k) + LANES)
-
-typedef struct {
-    const input *x;
-    int64_t ld;
-} Inputs;
-
-/* x [mt, k]; `room` is for [mt, APART(k)]: rows a power of two apart would drive each other out of the cache. */
-INLINE Inputs inputs_of(const elem *x, int64_t ldx, int64_t mt, int64_t k, input *room) {
-#if WIDENS
-    for (int64_t m = 0; m < mt; m++) {
-        int64_t i = 0;
-        for (; i + LANES <= k; i += LANES) *(vec *)(room + m * APART(k) + i) = load(x + m * ldx + i);
-        for (; i < k; i++) room[m * APART(k) + i] = widen(x[m * ldx + i]);
-    }
-    return (Inputs){room, APART(k)};
-#else
-    (void)mt, (void)k, (void)room;
-    return (Inputs){x, ldx};
-#endif
-}
-
-INLINE Ahead nothing(const void *at_hand) { return (Ahead){at_hand, at_hand}; }
-
-/* out[m, LANES n ..] (+)= sum over k of x[m, k] w[n, k], for mt tokens and nb blocks of the weight; of one in
-   bytes, w is byte + 128 */
-INLINE void tile(const int mt, const int nb, const int bytes, const input *x, int64_t ldx, const void *w, int64_t ldw,
-                 int64_t k, float *out, int64_t ldo, const float *begin, int64_t ldb, Ahead ahead) {
-    vec sum[TILE][8]; /* of a constant size, so that it stays in registers */
-#pragma GCC unroll 13
-    for (int m = 0; m < mt; m++)
-#pragma GCC unroll 8
-        for (int n = 0; n < nb; n++) sum[m][n] = begin ? *(const vec *)(begin + m * ldb + n * LANES) : (vec){0};
-    for (int64_t i = 0; i < k; i += PAIR) {
-        const elem *here = (const elem *)w + i * LANES;
-        const uint8_t *byte = (const uint8_t *)w + i * LANES;
-        __builtin_prefetch(ahead.first + i * LANES * sizeof(elem), 0, 2);
-        __builtin_prefetch(ahead.second + i * LANES * sizeof(elem), 0, 2);
-#if defined(__AVX512BF16__) && !defined(FLOAT32)
-        __m512bh weight[8];
-#pragma GCC unroll 8
-        for (int n = 0; n < nb; n++)
-            weight[n] = bytes ? (__m512bh)_mm512_or_si512(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(byte + n * ldw))),
-                                                          _mm512_set1_epi16(0x4300))
-                              : (__m512bh)_mm512_loadu_si512(here + n * ldw);
-#pragma GCC unroll 13
-        for (int m = 0; m < mt; m++) {
-            int32_t both;
-            memcpy(&both, x + m * ldx + i, 4);
-            __m512bh one = (__m512bh)_mm512_set1_epi32(both);
-#pragma GCC unroll 8
-            for (int n = 0; n < nb; n++) sum[m][n] = (vec)_mm512_dpbf16_ps((__m512)sum[m][n], one, weight[n]);
-        }
-#else
-#pragma GCC unroll 2
-        for (int j = 0; j < PAIR; j++) {
-            vec weight[8];
-#pragma GCC unroll 8
-            for (int n = 0; n < nb; n++)
-                weight[n] = bytes ? every_byte(byte + n * ldw + j * LANES) : every(here + n * ldw, j);
-#pragma GCC unroll 13
-            for (int m = 0; m < mt; m++) {
-                vec one = spread(x[m * ldx + i + j]);
-#pragma GCC unroll 8
-                for (int n = 0; n < nb; n++) sum[m][n] += one * weight[n];
-            }
-        }
-#endif
-    }
-#pragma GCC unroll 13
-    for (int m = 0; m < mt; m++)
-#pragma GCC unroll 8
-        for (int n = 0; n < nb; n++) *(vec *)(out + m * ldo + n * LANES) = sum[m][n];
-}
-
-typedef void Tile(const input *, int64_t, const void *, int64_t, int64_t, float *, int64_t, const float *, int64_t, Ahead);
-#define TILE_OF(M, N, BYTES)                                                                                    \
-    static void tile_##M##_##N##_##BYTES(const input *x, int64_t ldx, const void *w, int64_t ldw, int64_t k,     \
-                                         float *out, int64_t ldo, const float *begin, int64_t ldb,              \
-                                         Ahead ahead) {                                                         \
-        tile(M, N, BYTES, x, ldx, w, ldw, k, out, ldo, begin, ldb, ahead);                                      \
-    }
-#define TILES_2(M, BYTES) TILE_OF(M, 1, BYTES) TILE_OF(M, 2, BYTES)
-#define TILES_4(M, BYTES) TILES_2(M, BYTES) TILE_OF(M, 4, BYTES)
-#define TILES_8(M, BYTES) TILES_4(M, BYTES) TILE_OF(M, 8, BYTES)
-#define ROW_2(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, 0, 0}
-#define ROW_4(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, tile_##M##_4_##BYTES, 0}
-#define ROW_8(M, BYTES) {tile_##M##_1_##BYTES, tile_##M##_2_##BYTES, tile_##M##_4_##BYTES, tile_##M##_8_##BYTES}
-/* As many blocks at once as there are registers for the sums of so many tokens. */
-#if REGISTERS == 32
-#define ALL_TILES(BYTES)                                                                                        \
-    TILES_8(1, BYTES) TILES_8(2, BYTES) TILES_4(3, BYTES) TILES_4(4, BYTES) TILES_4(5, BYTES) TILES_4(6, BYTES) \
-    TILES_2(7, BYTES) TILES_2(8, BYTES) TILES_2(9, BYTES) TILES_2(10, BYTES) TILES_2(11, BYTES)                 \
-    TILES_2(12, BYTES) TILES_2(13, BYTES)
-#define ROWS(BYTES)                                                                                             \
-    {ROW_8(1, BYTES), ROW_8(2, BYTES), ROW_4(3, BYTES), ROW_4(4, BYTES), ROW_4(5, BYTES),                       \
-     ROW_4(6, BYTES), ROW_2(7, BYTES), ROW_2(8, BYTES), ROW_2(9, BYTES), ROW_2(10, BYTES),                      \
-     ROW_2(11, BYTES), ROW_2(12, BYTES), ROW_2(13, BYTES)}
-INLINE int blocks_at_once(int mt) { return mt <= 2 ? 8 : mt <= 6 ? 4 : 2; }
-#else
-#define ALL_TILES(BYTES)                                                                                        \
-    TILES_8(1, BYTES) TILES_4(2, BYTES) TILES_2(3, BYTES) TILES_2(4, BYTES) TILES_2(5, BYTES) TILES_2(6, BYTES)
-#define ROWS(BYTES)                                                                                             \
-    {ROW_8(1, BYTES), ROW_4(2, BYTES), ROW_2(3, BYTES), ROW_2(4, BYTES), ROW_2(5, BYTES), ROW_2(6, BYTES)}
-INLINE int blocks_at_once(int mt) { return mt <= 1 ? 8 : mt <= 2 ? 4 : 2; }
-#endif
-ALL_TILES(0) ALL_TILES(1)
-static Tile *const TILES[2][TILE][4] = {ROWS(0), ROWS(1)};
-
-/* mt <= TILE tokens and any number of blocks; a token's sums do not depend on how the blocks are taken together. */
-static void strip(int bytes, int mt, int64_t blocks, Inputs of, const void *w, int64_t ldw, int64_t k, float *out,
-                  int64_t ldo, const float *begin, int64_t ldb, Ahead ahead) {
-    int64_t row = ldw * (bytes ? 1 : sizeof(elem));
-    for (int64_t n = 0; n < blocks;) {
-        int size = blocks_at_once(mt), place = size == 8 ? 3 : size == 4 ? 2 : 1;
-        while (size > blocks - n) size /= 2, place--;
-        TILES[bytes][mt - 1][place](of.x, of.ld, (const char *)w + n * row, ldw, k, out + n * LANES, ldo,
-                                    begin ? begin + n * LANES : 0, ldb, ahead);
-        n += size;
-    }
-}
-
-/* The sum of k numbers, always in the same order. */
-static float sum_of(const elem *x, int64_t k) {
-    vec sums = {0};
-    int64_t i = 0;
-    for (; i + LANES <= k; i += LANES)
-        for (int l = 0; l < LANES; l++) sums[l] += widen(x[i + l]);
-    float found = total(sums);
-    for (; i < k; i++) found += widen(x[i]);
-    return found;
-}
-
-/* Sums with a weight in bytes become products with what the bytes stand for; `sizes` are the sums of the tokens' inputs. */
-static void scaled(const Linear *by, int64_t n, int64_t count, int64_t tokens, float (*sums)[MOST_BLOCKS * LANES], const float *sizes,
-                   float *out, int64_t ldo, int add) {
-    for (int64_t m = 0; m < tokens; m++)
-        for (int64_t j = 0; j < count; j++) {
-            vec *to = (vec *)(out + m * ldo + j * LANES);
-            vec found = (((const vec *)sums[m])[j] - OFFSET * sizes[m]) * ((const vec *)by->scale)[n + j];
-            if (by->bias) found += ((const vec *)by->bias)[n + j];
-            *to = add ? *to + found : found;
-        }
-}
-
-/* What to ask for while tile `t` reads a strip, `count` blocks of a weight from n on, k from i on. */
-INLINE Ahead look_ahead(const Linear *by, int64_t n, int64_t count, int64_t i, int64_t chunk, int64_t t, int64_t tiles,
-                        int64_t height) {
-    int64_t ldw = by->k * LANES, each = (count + tiles - 1) / tiles, asked = t * each;
-    const elem *weight = (const elem *)by->weight + n * ldw + i * LANES;
-    const elem *next = i + chunk < by->k ? weight + chunk * LANES : (const elem *)by->weight + (n + count) * ldw;
-    if (by->scale) return nothing(weight);
-    if (tiles == 1 && height > HALF) return (Ahead){(const char *)weight + FAR, (const char *)(weight + ldw) + FAR};
-    if (tiles == 1 || next >= (const elem *)by->weight + by->n / LANES * ldw) return nothing(weight);
-    return (Ahead){(const char *)(asked < count ? next + asked * ldw : weight),
-                   (const char *)(each > 1 && asked + 1 < count ? next + (asked + 1) * ldw : weight)};
-}
-
-/* out[M, n] = (add: out +) x[M, k] w^T (+ bias), by all threads of the team */
-static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx, float *out, int64_t ldo, int add) {
-    int64_t tiles = tokens <= TILE ? 1 : tokens <= 2 * TILE ? 2 : (tokens + HALF - 1) / HALF, height = (tokens + tiles - 1) / tiles;
-    int64_t blocks = by->n / LANES, at_once = WIDENS && tiles > 1 ? MOST_BLOCKS : blocks_at_once(height), strips = (blocks + at_once - 1) / at_once;
-    int64_t chunk = tiles > 1 ? CHUNK : by->k, group = by->scale ? HEIGHT / height * height : tokens;
-    float sizes[by->scale ? tokens : 1], sums[by->scale ? HEIGHT : 1][MOST_BLOCKS * LANES];
-    input room[WIDENS ? height * APART(chunk) : 1];
-    Inputs inputs = {0, 0};
-    for (int64_t m = 0; by->scale && m < tokens; m++) sizes[m] = sum_of(x + m * ldx, by->k);
-#pragma omp for schedule(static)
-    for (int64_t s = 0; s < strips; s++)
-        for (int64_t g = 0; g < tokens; g += group) {
-            int64_t n = s * at_once, count = least(at_once, blocks - n), end = least(g + group, tokens);
-            for (int64_t i = 0; i < by->k; i += chunk)
-                for (int64_t m = g; m < end; m += height) {
-                    int64_t mt = least(height, end - m), length = least(chunk, by->k - i);
-                    float *here = by->scale ? sums[m - g] : out + m * ldo + n * LANES;
-                    int64_t ldh = by->scale ? MOST_BLOCKS * LANES : ldo, ldb = ldh, size = by->scale ? 1 : sizeof(elem);
-                    const float *begin = i || add ? here : 0;
-                    if (by->scale && !i) begin = 0;
-                    if (by->bias && !by->scale && !i) {
-                        for (int64_t j = 0; add && j < mt * count; j++)
-                            *(vec *)(here + j / count * ldo + j % count * LANES) +=
-                                *(const vec *)(by->bias + (n + j % count) * LANES);
-                        if (!add) begin = by->bias + n * LANES, ldb = 0;
-                    }
-                    if (!inputs.x || tiles > 1) inputs = inputs_of(x + m * ldx + i, ldx, mt, length, room);
-                    strip(!!by->scale, mt, count, inputs, (const char *)by->weight + (n * by->k + i) * LANES * size,
-                          by->k * LANES, length, here, ldh, begin, ldb, look_ahead(by, n, count, i, chunk, m / height, tiles, height));
-                }
-            if (by->scale)
-                scaled(by, n, count, end - g, sums, sizes + g, out + g * ldo + n * LANES, ldo, add);
-        }
-}
-
-/* --- the rest of a block */
 
 /* h = x / rms(x) * weight, which x becomes as well where it `keeps` it */
 INLINE void norm_one(const Model *model, float *x, const float *weight, elem *h, int keeps) {
@@ -420,14 +187,14 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
     Inputs asking = inputs_of(queries[0], padded, mt, padded, room);
     for (int64_t b = 0; b < blocks; b++) {
         const elem *keys = block_of(pass, model, row, b, number, group), *values = keys + BLOCK * padded;
-        strip(0, mt, BLOCK / LANES, asking, keys, padded * LANES, padded, scores[0], BLOCK, 0, 0, nothing(keys));
+        strip(0, mt, BLOCK / LANES, asking, keys, padded * LANES, padded, scores[0], BLOCK, 0, nothing(keys));
         for (int m = 0; m < mt; m++) {
             if (last[m] < b * BLOCK)
                 memset(p[m], 0, sizeof p[m]);
             else
                 soften(scores[m], visible(pass, row, place[m], b), p[m], &largest[m], &sum[m], mixed[m], padded);
         }
-        strip(0, mt, padded / LANES, inputs_of(p[0], BLOCK, mt, BLOCK, weights), values, BLOCK * LANES, BLOCK, mixed[0], padded, mixed[0], padded,
+        strip(0, mt, padded / LANES, inputs_of(p[0], BLOCK, mt, BLOCK, weights), values, BLOCK * LANES, BLOCK, mixed[0], padded, 1,
               nothing(values));
     }
     for (int m = 0; m < mt; m++) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from ragged import Checked, random_walk
 from torch import Tensor
 
+from specdec import compiled as compiler
 from specdec.errors import FallbackWarning, PromptError
 from specdec.lm.base import CachedLM
 from specdec.lm.cpu import MOST_TOKENS, CpuLM
 from specdec.lm.native import NativeLM, native_lm
 from specdec.lm.paged import BLOCK, PagedCache
+from specdec.machine import instructions
 from specdec.nn import cpu
 from specdec.nn.compiled import VARIANTS
 from specdec.nn.gpt import GPT
@@ -185,13 +188,66 @@ def test_products_of_onednn_give_the_same_model(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_onednn_is_used_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
-    library = cpu.kernels(torch.bfloat16)
+    linear = torch.nn.Linear(64, 64, bias=False)
+    library = cpu.kernels(torch.float32)
     assert library is not None
     for others, expected in ((0.9, None), (0.5, cpu.TRIED_TOKENS[0])):
         seconds = iter([1.0, others] * len(cpu.TRIED_TOKENS))
         monkeypatch.setattr(cpu, "_seconds", lambda function, seconds=seconds: next(seconds))
         assert cpu._crossover(library, linear) == expected
+
+
+NEEDED = {
+    "x86-64": set(),
+    "haswell": {"avx2", "fma"},
+    "skylake-avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
+LANES = {"x86-64": 4, "haswell": 8, "skylake-avx512": 16}
+
+
+@pytest.fixture(params=NEEDED)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What is compiled is compiled for an older processor than this one."""
+    name = request.param
+    if platform.machine() != "x86_64" or not NEEDED[name] <= set(instructions().split()):
+        pytest.skip(f"this processor cannot do what {name} can")
+    flags = (flag for flag in compiler.FLAGS if not flag.startswith("-march"))
+    monkeypatch.setattr(compiler, "FLAGS", (*flags, f"-march={name}"))
+    cpu.kernels.cache_clear()
+    yield name
+    cpu.kernels.cache_clear()
+
+
+@pytest.mark.parametrize("in_bytes", (False, True))
+@pytest.mark.parametrize("dtype", VARIANTS)
+def test_registers_of_any_width_give_the_same_logits(dtype: torch.dtype, in_bytes: bool, processor: str) -> None:
+    tokens, few = text(2 * BLOCK + 9), (2, 3, 5, 6, 7, 12, 13, 31)
+    lm = CpuLM(model(dtype), in_bytes=in_bytes)
+    found = one_by_one(lm, tokens)
+    assert lm._library.lanes() == LANES[processor]
+    for count in few:
+        assert torch.equal(lm.append(tokens[:, :count])[0], found[:count]), count
+        lm.free(0)
+
+    torch_reads = NativeLM(rounded(model(dtype)) if in_bytes else model(dtype).float())
+    torch_reads.reserve(1, CONTEXT)
+    expected = torch_reads.append(tokens)[0]
+    close = {"rtol": 0.0, "atol": 1e-4 if dtype == torch.float32 else 0.6}
+    torch.testing.assert_close(found, expected, **close)
+
+    lm._packed.struct.layer[0].o.weight = lm._packed.struct.layer[1].o.weight  # the control
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(one_by_one(lm, tokens), expected, **close)
+
+
+def rounded(gpt: GPT) -> GPT:
+    """In float32, with every product's weight rounded as bytes round it."""
+    gpt = gpt.float()
+    for module in gpt.modules():
+        if isinstance(module, torch.nn.Linear):
+            scale = module.weight.detach().abs().amax(dim=1, keepdim=True) / 63
+            module.weight.data = (module.weight / scale).round() * scale
+    return gpt
 
 
 def test_an_unknown_token_is_refused_before_anything_is_read() -> None:
