@@ -45,13 +45,14 @@ def measured(pair: Path, batches: list[int], rounds: int, console: Console) -> I
         if not way.family.endswith("lookup")
     ]
     prompts = held_out_prompts(plain.tokenizer, gather("stdlib"), count=max(*batches, PROMPTS), tokens=PROMPT_TOKENS)
-    limit = Limit(plain.target.read_bandwidth(), plain.target.weight_bytes)
     found: Measurements = []
     for batch in batches:
         found += sweep.measure(
             [*own, *theirs], prompts[: max(batch, PROMPTS)], batches=[batch], temperatures=[0.0, 1.0], rounds=rounds,
-            console=console,
+            console=console, memory=plain.target.read_bandwidth,
         )  # fmt: skip
+        limit = sweep.limit_of(found, plain.target.weight_bytes)
+        assert limit is not None
         yield found, limit
 
 
@@ -68,7 +69,8 @@ def ratios(found: Measurements, limit: Limit) -> dict[str, float]:
             for name in {m.family for m in here.values()}
         }
         ours = max(speed for name, speed in best.items() if not name.startswith("HF") and name != PLAIN)
-        result[f"{kind}: plain / limit"] = best[PLAIN] / limit.passes_per_second
+        if (could_be_given := here[PLAIN].bytes_per_pass) is not None:
+            result[f"{kind}: plain / limit"] = limit.weight_bytes / could_be_given
         result[f"{kind}: draft / plain"] = ours / best[PLAIN]
         for name in sorted(best):
             if name.startswith("HF"):

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,15 @@ PARTS = {"prompt": "prefill_share", "draft": "draft_share", "verify": "verify_sh
 
 @dataclass(frozen=True)
 class Run:
-    """One timed call: the new tokens of every row, wall-clock seconds, and the engine's counters if it was ours."""
+    """One timed call: the new tokens of every row, wall-clock seconds, and the engine's counters if it was ours.
+
+    ``bytes_per_second`` is what memory gave right before and after it, where that was asked; see ``beside_memory``.
+    """
 
     token_ids: list[list[int]]
     seconds: float
     stats: Stats | None = None
+    bytes_per_second: float | None = None
 
 
 Method = Callable[[Sequence[Sequence[int]]], Run]
@@ -43,7 +47,8 @@ class Measurement:
 
     Seconds are those of the median round; shares are parts of them. ``same_text`` counts rows equal to the baseline's,
     which is plain decoding unless another one was named; None for sampled text. ``passes_per_second`` are the target's,
-    prompts left out. ``family`` and ``num_draft_tokens`` are those of a ``sweep.Way``.
+    prompts left out, and ``bytes_per_pass`` what memory, measured beside every run, could have given in the time of one.
+    ``family`` and ``num_draft_tokens`` are those of a ``sweep.Way``.
     """
 
     method: str
@@ -58,6 +63,8 @@ class Measurement:
     mean_acceptance_length: float | None = None
     acceptance_rate_per_position: list[float] = field(default_factory=list)
     passes_per_second: float | None = None
+    bytes_per_second: float | None = None
+    bytes_per_pass: float | None = None
     prefill_share: float | None = None
     draft_share: float | None = None
     verify_share: float | None = None
@@ -127,6 +134,17 @@ def in_groups(method: Method, size: int) -> Method:
         counters = [found.stats for found in runs if found.stats is not None]
         stats = sum(counters[1:], counters[0]) if counters else None
         return Run([row for found in runs for row in found.token_ids], sum(found.seconds for found in runs), stats)
+
+    return run
+
+
+def beside_memory(method: Method, bytes_per_second: Callable[[], float]) -> Method:
+    """``method``, and before and after every call, outside its time, a measurement of what memory gives."""
+
+    def run(prompts: Sequence[Sequence[int]]) -> Run:
+        before = bytes_per_second()
+        found = method(prompts)
+        return replace(found, bytes_per_second=(before + bytes_per_second()) / 2)
 
     return run
 
@@ -221,21 +239,40 @@ def _summary(name: str, runs: list[Run], plain: list[Run] | None, batch: int, te
         )
         if temperature == 0:
             same = sum(a == b for a, b in zip(median.token_ids, plain[0].token_ids, strict=True))
-    known = _known(median.stats) if median.stats is not None else {}
+    known = {**_known(median.stats), **_memory(runs)} if median.stats is not None else {}
     return Measurement(
         name, batch, temperature, statistics.median(speeds), speedup, max(speeds), min(speeds), len(runs),
         same_text=same, **known,
     )  # fmt: skip
 
 
+def _memory(runs: Sequence[Run]) -> dict[str, Any]:
+    """Medians over runs, each with what was measured beside it: a machine's pace changes from run to run."""
+    pairs = [
+        (run.bytes_per_second, passes)
+        for run in runs
+        if run.bytes_per_second and run.stats is not None and (passes := _passes_per_second(run.stats))
+    ]
+    if not pairs:
+        return {}
+    return {
+        "bytes_per_second": statistics.median(found for found, _ in pairs),
+        "bytes_per_pass": statistics.median(found / passes for found, passes in pairs),
+    }
+
+
+def _passes_per_second(stats: Stats) -> float | None:
+    decoding = stats.total_seconds - stats.prefill_seconds
+    return stats.num_target_passes / decoding if decoding > 0 else None
+
+
 def _known(stats: Stats) -> dict[str, Any]:
     total = stats.total_seconds
-    decoding = total - stats.prefill_seconds
     return {
         "acceptance_rate": stats.acceptance_rate if stats.num_draft_tokens else None,
         "mean_acceptance_length": stats.mean_acceptance_length,
         "acceptance_rate_per_position": stats.acceptance_rate_per_position,
-        "passes_per_second": stats.num_target_passes / decoding if decoding > 0 else None,
+        "passes_per_second": _passes_per_second(stats),
         "prefill_share": stats.prefill_seconds / total,
         "draft_share": stats.draft_seconds / total,
         "verify_share": stats.verify_seconds / total,

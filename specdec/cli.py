@@ -196,7 +196,6 @@ def bench(
     """
     from specdec import sweep
     from specdec.bench import table
-    from specdec.limit import Limit
     from specdec.machine import machine
     from specdec.report import Report
 
@@ -209,17 +208,18 @@ def bench(
         if peers or peer_python:
             helper = sweep.first_model(drafting)
             ways += sweep.installed_ways(stack, model, helper, plain, lengths, max_new_tokens, peer_python or [])
+        target = plain.target
         found = sweep.measure(
-            ways, texts, batches=batch or [1, 8], temperatures=temperature or [0.0], rounds=rounds, console=console
-        )
-    target = plain.target
+            ways, texts, batches=batch or [1, 8], temperatures=temperature or [0.0], rounds=rounds, console=console,
+            memory=target.read_bandwidth if target.weight_bytes else None,
+        )  # fmt: skip
     settings = {
         "dtype": "int8" if target.in_bytes else str(target.dtype).removeprefix("torch."),
         "prompts": len(texts),
         "new tokens": max_new_tokens,
         "rounds": rounds,
     }
-    limit = Limit(target.read_bandwidth(), target.weight_bytes) if target.weight_bytes else None
+    limit = sweep.limit_of(found, target.weight_bytes)
     report = Report(f"{Path(model).name}: ways to generate", found, machine(), settings, limit)
     console.print(table(found, f"{Path(model).name}, medians of {rounds} rounds"))
     for line in report.lines():

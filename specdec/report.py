@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.bench import PARTS, PLAIN, Measurement, kind_of_text
+from specdec.bench import PARTS, Measurement, kind_of_text
 from specdec.limit import Limit
 from specdec.machine import machine
 from specdec.picture import draw_sweep
@@ -93,10 +93,10 @@ class Report:
         )
         found = [limit]
         for m in self.measurements:
-            if m.method == PLAIN and m.passes_per_second is not None:
+            if m.passes_per_second is not None and m.bytes_per_pass is not None:
                 found.append(
                     f"Plain decoding, batch {m.batch}, {kind_of_text(m.temperature)}: {m.passes_per_second:.0f} passes/s, "
-                    f"{m.passes_per_second / self.limit.passes_per_second:.0%} of the limit."
+                    f"{self.limit.weight_bytes / m.bytes_per_pass:.0%} of the limit."
                 )
         return found
 

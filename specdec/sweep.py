@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from specdec.checkpoints import checkpoint_directory
 from specdec.controller import AUTO
 from specdec.engine import Engine
 from specdec.errors import ConfigError, PeerError
+from specdec.limit import Limit
 from specdec.load import load
 from specdec.peers import PeerProcess, find_peers, peer_process
 from specdec.sampling import MAX_DRAFT_TOKENS
@@ -199,8 +201,12 @@ def measure(
     temperatures: Sequence[float],
     rounds: int,
     console: Console,
+    memory: Callable[[], float] | None = None,
 ) -> list[Measurement]:
-    """All ways in interleaved rounds, apart for every batch size and temperature; speedups are to plain decoding."""
+    """All ways in interleaved rounds, apart for every batch size and temperature; speedups are to plain decoding.
+
+    ``memory`` measures bytes per second; it is asked beside every run of plain decoding.
+    """
     cells = [(batch, temperature) for temperature in temperatures for batch in batches]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     found: list[Measurement] = []
@@ -211,6 +217,8 @@ def measure(
             bar.update(task, description=f"batch {batch}, T={temperature:g}")
             known = {way.name: way for way in _able(ways, batch)}
             methods = {name: bench.in_groups(way.at(temperature), batch) for name, way in known.items()}
+            if memory is not None and PLAIN in methods:
+                methods[PLAIN] = bench.beside_memory(methods[PLAIN], memory)
             runs = bench.timed_rounds(
                 methods, _whole_batches(prompts, batch), rounds=rounds, progress=lambda: bar.advance(task)
             )
@@ -218,6 +226,12 @@ def measure(
                 way = known[m.method]
                 found.append(replace(m, family=way.family, num_draft_tokens=way.num_draft_tokens))
     return found
+
+
+def limit_of(found: Sequence[Measurement], weight_bytes: int) -> Limit | None:
+    """What memory, as it was measured beside plain decoding, allows a target whose passes read so many bytes."""
+    memory = [m.bytes_per_second for m in found if m.bytes_per_second is not None]
+    return Limit(statistics.median(memory), weight_bytes) if memory else None
 
 
 def _able(ways: Sequence[Way], batch: int) -> list[Way]:

@@ -64,6 +64,21 @@ def test_parts_are_shares_of_the_whole_and_passes_those_after_the_prompt() -> No
     assert found.passes_per_second == 10
 
 
+def test_the_distance_to_the_limit_is_that_of_runs_and_what_was_measured_beside_them() -> None:
+    """A machine that becomes half as fast for two of three rounds is as far from its limit as before."""
+
+    def at(pace: float) -> Run:
+        return Run([[1]], 4.0, Stats(num_target_passes=30, prefill_seconds=1.0, total_seconds=1.0 + 3.0 / pace))
+
+    memory = iter((4e9, 4e9, 2e9, 2e9, 2e9, 2e9))
+    runs = iter((at(1.0), at(0.5), at(0.5)))
+    method = bench.beside_memory(lambda prompts: next(runs), lambda: next(memory))
+    (found,) = bench.summaries({"plain": [method([[1]]) for _ in range(3)]})
+    assert (found.bytes_per_second, found.bytes_per_pass) == (2e9, 4e8)
+    (alone,) = bench.summaries({"plain": [at(1.0)]})
+    assert (alone.bytes_per_second, alone.bytes_per_pass) == (None, None)
+
+
 def test_the_batch_size_is_the_prompts() -> None:
     (found,) = bench.compare({"plain": method([1, 1])}, [[1], [2], [3]], rounds=1)
     assert found.batch == 3

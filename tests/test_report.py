@@ -24,7 +24,7 @@ def measured(method: str, speed: float, temperature: float = 0.0, **given: objec
 def report() -> Report:
     shares = {"prefill_share": 0.1, "draft_share": 0.2, "verify_share": 0.65, "overhead_share": 0.05}
     found = [
-        measured("plain", 10.0, passes_per_second=25.0, mean_acceptance_length=1.0, **shares),
+        measured("plain", 10.0, passes_per_second=25.0, bytes_per_pass=4e7, mean_acceptance_length=1.0, **shares),
         measured("<b>|x auto", 20.0, acceptance_rate=0.75, acceptance_rate_per_position=[0.9, 0.6], **shares),
         measured("<b>|x k=2", 15.0, acceptance_rate=0.5, acceptance_rate_per_position=[0.8, 0.2], **shares),
         measured("HF", 5.0),
