@@ -179,15 +179,15 @@ def check(pair: Path, prompts: Sequence[Sequence[int]], found: Sequence[bench.Me
     """Say whether speculation changed any greedy text: in float32, where none may, and as measured."""
     engine = load(pair / "target", draft=pair / "draft", dtype="float32")
     plain = engine.generate(prompts, max_new_tokens=NEW_TOKENS, num_draft_tokens=0, eos_token_id=None)
-    same = total = 0
-    for drafter in ways_to_guess(engine).values():
+    same, total, ways = 0, 0, ways_to_guess(engine)
+    for drafter in ways.values():
         speculative = Engine(engine.target, drafter, vocab_size=engine.limits.vocab_size)
         output = speculative.generate(prompts, max_new_tokens=NEW_TOKENS, eos_token_id=None, num_draft_tokens=4)
         same += sum(a == b for a, b in zip(output.token_ids, plain.token_ids, strict=True))
         total += len(prompts)
     verdict = "[green]identical to plain decoding[/]" if same == total else "[red]DIFFERENT from plain decoding[/]"
     console.print(f"[bold]4. Check[/] float32: {same} of {total} speculative greedy texts {verdict}")
-    ours = [m for m in found if m.acceptance_rate is not None and m.same_text is not None]
+    ours = [m for m in found if m.method in ways and m.same_text is not None]
     equal, rows = sum(m.same_text or 0 for m in ours), len(ours) * len(prompts)
     console.print(
         f"   as measured above: {equal} of {rows} identical"

@@ -21,6 +21,7 @@ from specdec.lm.base import CachedLM
 from specdec.lm.paged import BLOCK, PagedCache, PagedLM
 from specdec.nn import cpu
 from specdec.nn.gpt import GPT
+from specdec.nn.onednn import OtherProducts
 from specdec.rounds import Played, Rounds
 
 MOST_TOKENS = 256  # of one compiled pass; more are read in several, so that what lies between layers stays in the cache
@@ -70,7 +71,7 @@ class CpuLM(PagedLM):
         super().__init__(model.config.vocab_size, model.config.max_position_embeddings, weight.device, weight.dtype)
         self._library, self.config = library, model.config
         self._packed = cpu.CpuModel(library, model, in_bytes=in_bytes)
-        self._others = None if in_bytes else cpu.OtherProducts.where_faster(library, model)
+        self._others = None if in_bytes else OtherProducts.where_faster(library, model)
         self.in_bytes = in_bytes
         head_size = cpu.pad(self._packed.head_dim)
         numel = self._packed.struct.layers * self._packed.groups * 2 * BLOCK * head_size

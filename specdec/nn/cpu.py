@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import ctypes
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,16 +18,12 @@ from torch import Tensor, nn
 
 from specdec.nn.compiled import compiled
 from specdec.nn.gpt import GPT, head_size
-from specdec.nn.packed import PackedLinear, can_pack
 
 PRODUCTS = ("qkv", "o", "gate_up", "down")  # of a block, in the order in which they run
 WHOLE = 16  # to multiples of which sizes are padded; see cpu.c
 EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL, NOTE = range(7)  # the stages of cpu.c
-TRIED_TOKENS = (8, 16, 32, 64, 128)  # of passes that oneDNN is tried with
 WORTH_A_THREAD = 2**21  # multiplications, some tens of microseconds
-LEAST_TIMED = 2**17  # numbers in a weight; with smaller ones calls cost more than products
 _LARGE, _TRIES = (1 << 16, 1 << 12), 8  # a weight that caches do not hold, and how often it is read
-CLEARLY_FASTER = 1.25  # how much faster oneDNN must be to be worth a second copy of the weights
 
 
 class Linear(Structure):
@@ -216,10 +212,11 @@ def product(library: ctypes.CDLL, by: Linear, x: Tensor, out: Tensor) -> None:
 
 
 class CompiledLinear(nn.Module):
-    """A linear layer on ``product``, which any number of rows costs what they are; results are float32."""
+    """A linear layer on ``product``, which any number of rows costs what they are; results are of ``dtype``."""
 
-    def __init__(self, library: ctypes.CDLL, linear: nn.Linear) -> None:
+    def __init__(self, library: ctypes.CDLL, linear: nn.Linear, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.dtype = dtype
         weight = linear.weight.detach()
         (self.out_features, self.in_features), step = weight.shape, pair(weight.dtype)
         self.library, self.packed = library, pack(library, weight)
@@ -230,10 +227,14 @@ class CompiledLinear(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.packed.dtype or x.shape[-1] != self.in_features:
+            raise RuntimeError(
+                f"a layer of {self.packed.dtype} takes {self.in_features} inputs, got {tuple(x.shape)} of {x.dtype}"
+            )
         flat = nn.functional.pad(x.reshape(-1, self.in_features), (0, self.by.k - self.in_features)).contiguous()
         out = torch.empty(len(flat), self.by.n)
         product(self.library, self.by, flat, out)
-        return out[:, : self.out_features].unflatten(0, x.shape[:-1])
+        return out[:, : self.out_features].unflatten(0, x.shape[:-1]).to(self.dtype)
 
 
 def read_bandwidth() -> float:
@@ -250,78 +251,3 @@ def read_bandwidth() -> float:
         product(library, by, x, out)
         found.append(time.perf_counter() - started)
     return weight.numel() * weight.element_size() / min(found)
-
-
-class OtherProducts:
-    """The four products of every block by oneDNN, for passes of ``least_tokens`` and more; the rest stays compiled."""
-
-    def __init__(self, library: ctypes.CDLL, model: GPT, least_tokens: int) -> None:
-        self._library, self.least_tokens = library, least_tokens
-        parts = [
-            (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
-            for layer in blocks_of(model)
-        ]
-        self._layers = [[PackedLinear(part) for part in layer] for layer in parts]
-
-    @classmethod
-    def where_faster(cls, library: ctypes.CDLL, model: GPT) -> OtherProducts | None:
-        """Those for ``model`` if a few products of its largest weight, timed, say that they are worth it."""
-        linear = blocks_of(model)[0].mlp.gate_up_proj
-        if linear.weight.numel() < LEAST_TIMED or not can_pack(linear):
-            return None
-        least = _crossover(library, linear)
-        return None if least is None else cls(library, model, least)
-
-    def forward(self, described: Pass, packed: CpuModel, x: Tensor, h: Tensor, wide: Tensor) -> None:
-        """As cpu.c's ``forward``; x, h and wide are what the pass's pointers point to."""
-        tokens, last = described.tokens, packed.struct.layers - 1
-
-        def stage(layer: int, which: int) -> None:
-            self._library.stage(ctypes.byref(described), packed.reference, ctypes.c_int64(layer), ctypes.c_int64(which))
-
-        def multiply(layer: int, which: int) -> Tensor:
-            linear = self._layers[layer][which]
-            return linear(h[:tokens, : linear.in_features])
-
-        stage(0, EMBED)
-        for layer in range(last + 1):
-            for which, (before, adds) in enumerate(((QKV, False), (ATTEND, True), (GATE_UP, False), (DOWN, True))):
-                stage(layer, before)
-                if layer == last and not described.last_states and before == ATTEND:
-                    return
-                found = multiply(layer, which)
-                if adds:
-                    x[:tokens, : found.shape[1]] += found
-                else:
-                    wide[:tokens, : found.shape[1]] = found
-            stage(layer, NOTE)
-        stage(0, FINAL)
-
-
-def _crossover(library: ctypes.CDLL, linear: nn.Linear) -> int | None:
-    """The fewest tokens whose product with this weight oneDNN computes clearly faster than we; None for never."""
-    weight = linear.weight.detach()
-    ours, theirs = pack(library, weight), PackedLinear(linear)
-    by = Linear(ours.data_ptr(), None, pad(linear.out_features), pad(linear.in_features, pair(weight.dtype)))
-    x = torch.zeros(TRIED_TOKENS[-1], by.k, dtype=weight.dtype)
-    out = torch.empty(len(x), by.n, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # then thread time is all of the work, and other programs cannot disturb the measurement
-    try:
-        for tokens in TRIED_TOKENS:
-            own = _seconds(partial(product, library, by, x[:tokens], out[:tokens]))
-            if _seconds(partial(theirs, x[:tokens, : linear.in_features])) * CLEARLY_FASTER < own:
-                return tokens
-    finally:
-        torch.set_num_threads(threads)
-    return None
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    """Processor time of the fastest of a few calls."""
-    found = []
-    for _ in range(4):
-        started = time.thread_time()
-        function()
-        found.append(time.thread_time() - started)
-    return min(found)

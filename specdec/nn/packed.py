@@ -1,15 +1,22 @@
-"""Linear layers with weights packed for oneDNN: 1.2 to 2 times faster than ``F.linear`` at decoding's few rows."""
+"""Linear layers with packed weights, faster than ``F.linear`` at decoding's few rows.
+
+By oneDNN 1.2 to 2 times; where oneDNN does not take bfloat16, on processors without instructions for it, by the
+compiled products of nn/cpu.py, many times.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from specdec.nn.cpu import CompiledLinear, kernels
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,22 +40,41 @@ class PackedLinear(nn.Module):
 
 def can_pack(module: nn.Module) -> bool:
     """Whether this is a linear layer and nothing more, which oneDNN can take: on CPU, in a dtype that it runs fast."""
+    if not _is_bare(module) or not torch.backends.mkldnn.is_available():
+        return False
+    return module.weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _is_bare(module: nn.Module) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return False
     if "forward" in vars(module) or type(module.weight) is not nn.Parameter:  # wrapped, or quantized
         return False
-    weight = module.weight
-    if weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return module.weight.device.type == "cpu" and module.weight.dtype in PACKED_DTYPES
+
+
+def is_slow(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether there is something faster for this linear layer."""
+    return can_pack(module) or (_is_bare(module) and kernels(module.weight.dtype) is not None)
+
+
+def _faster(linear: nn.Linear, keep: bool) -> nn.Module:
+    """``linear``, which ``is_slow``, with its weight packed; ``keep``: beside the given one."""
+    if can_pack(linear):
+        return PackedLinear(linear, keep=keep)
+    library = kernels(linear.weight.dtype)
+    assert library is not None
+    found = CompiledLinear(library, linear, dtype=linear.weight.dtype)
+    if keep:
+        found.weight = linear.weight
+    return found
 
 
 def pack_linears(model: Model, *, keep: bool = False) -> Model:
-    """Replace every linear layer of ``model`` that can be packed, in place; returns the model."""
+    """Replace every linear layer of ``model`` for which there is a faster one, in place; returns the model."""
     for name, child in list(model.named_children()):
-        if can_pack(child):
-            assert isinstance(child, nn.Linear)
-            setattr(model, name, PackedLinear(child, keep=keep))
+        if is_slow(child):
+            setattr(model, name, _faster(child, keep))
         else:
             pack_linears(child, keep=keep)
     return model
@@ -63,7 +89,7 @@ def packed_copy(model: Model) -> Model:
     The twin is kept and found again as long as the model's structure and the weights that were packed stay the same.
     ``model`` itself where nothing can be packed, or where there is no memory for a second copy of its linear layers.
     """
-    linears = [module for module in model.modules() if can_pack(module)]
+    linears = [module for module in model.modules() if is_slow(module)]
     if not linears or 2 * sum(_bytes(linear) for linear in linears) > _free_memory():
         return model
     state = _state(model, linears)
@@ -79,7 +105,7 @@ def packed_copy(model: Model) -> Model:
     return found
 
 
-def _state(model: nn.Module, linears: list[nn.Module]) -> tuple[Any, ...]:
+def _state(model: nn.Module, linears: Sequence[nn.Module]) -> tuple[Any, ...]:
     """What would make a twin out of date: parts that were exchanged or hooked, weights that were changed."""
     parts = tuple(
         (id(module), len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))

@@ -19,7 +19,7 @@ from specdec.lm.cpu import MOST_TOKENS, CpuLM
 from specdec.lm.native import NativeLM, native_lm
 from specdec.lm.paged import BLOCK, PagedCache
 from specdec.machine import instructions
-from specdec.nn import cpu
+from specdec.nn import cpu, onednn
 from specdec.nn.compiled import VARIANTS
 from specdec.nn.gpt import GPT
 from toys import tiny_gpt
@@ -171,8 +171,8 @@ def test_what_is_remembered_is_bounded_and_the_longest_unused_goes_first() -> No
 
 def test_products_of_onednn_give_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
     gpt = model(torch.float32)
-    monkeypatch.setattr(cpu, "LEAST_TIMED", 0)
-    monkeypatch.setattr(cpu, "_crossover", lambda library, linear: 2)
+    monkeypatch.setattr(onednn, "LEAST_TIMED", 0)
+    monkeypatch.setattr(onednn, "_crossover", lambda library, linear: 2)
     lm = CpuLM(gpt)
     assert lm._others is not None
     checked = Checked(lm, lambda row: gpt.lm_head(gpt(torch.tensor([row])))[0], tolerance=1e-5)
@@ -191,10 +191,10 @@ def test_onednn_is_used_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPat
     linear = torch.nn.Linear(64, 64, bias=False)
     library = cpu.kernels(torch.float32)
     assert library is not None
-    for others, expected in ((0.9, None), (0.5, cpu.TRIED_TOKENS[0])):
-        seconds = iter([1.0, others] * len(cpu.TRIED_TOKENS))
-        monkeypatch.setattr(cpu, "_seconds", lambda function, seconds=seconds: next(seconds))
-        assert cpu._crossover(library, linear) == expected
+    for others, expected in ((0.9, None), (0.5, onednn.TRIED_TOKENS[0])):
+        seconds = iter([1.0, others] * len(onednn.TRIED_TOKENS))
+        monkeypatch.setattr(onednn, "_seconds", lambda function, seconds=seconds: next(seconds))
+        assert onednn._crossover(library, linear) == expected
 
 
 NEEDED = {

@@ -15,6 +15,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from specdec import Engine
 from specdec.checkpoints import load_lm
 from specdec.lm.hf import HFLM
+from specdec.nn import packed
+from specdec.nn.compiled import VARIANTS
+from specdec.nn.cpu import CompiledLinear
 from specdec.nn.packed import PackedLinear, can_pack, packed_copy
 
 pytestmark = pytest.mark.skipif(not can_pack(nn.Linear(8, 8)), reason="oneDNN packs nothing here")
@@ -44,6 +47,24 @@ def test_it_computes_the_same_and_shares_its_tensors() -> None:
     assert twin.config is model.config and twin.get_input_embeddings().weight is model.get_input_embeddings().weight
     assert not any(isinstance(module, nn.Linear) for module in twin.modules())
     assert packed_copy(model) is twin
+
+
+@pytest.mark.parametrize("dtype", VARIANTS)
+def test_where_onednn_does_not_take_a_dtype_compiled_products_do(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "can_pack", lambda module: False)
+    model = llama(attention_bias=True).to(dtype)
+    twin = packed_copy(model)
+    assert sum(isinstance(module, CompiledLinear) for module in twin.modules()) == 2 * 7 + 1
+    found, expected = logits(twin), logits(model)
+    assert found.dtype == expected.dtype == dtype
+    close = {"rtol": 0.0, "atol": 1e-5 if dtype == torch.float32 else 0.1}
+    torch.testing.assert_close(found, expected, **close)
+    assert not torch.allclose(logits(llama(attention_bias=True, hidden_act="gelu").to(dtype)), expected, **close)
+    for wrong in (torch.zeros(1, 16, dtype=torch.float16), torch.zeros(1, 15, dtype=dtype)):
+        with pytest.raises(RuntimeError, match="takes 16 inputs"):
+            twin.lm_head(wrong)
 
 
 def test_a_change_of_the_model_makes_a_new_twin() -> None:
