@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from specdec import bench
-from specdec.demo import demo_pair, fast_dtype_name
+from specdec.demo import decoding_dtype_name, demo_pair
 from specdec.draft import Drafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
@@ -28,7 +28,7 @@ def pair(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def engine(pair: Path) -> Engine:
     """The pair, loaded in the precision that this processor is good at."""
-    return load(pair / "target", draft=pair / "draft", dtype=fast_dtype_name())
+    return load(pair / "target", draft=pair / "draft", dtype=decoding_dtype_name())
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 
 from specdec.checkpoints import load_model
-from specdec.demo import demo_pair, fast_dtype_name
+from specdec.demo import decoding_dtype_name, demo_pair, training_dtype_name
 from specdec.distill import distill
 from specdec.load import load
 from specdec.machine import machine
@@ -66,11 +66,11 @@ def measure(way: str, changes: dict[str, object], tokens: int, shape: str) -> Re
     """Train one draft and decode held-out prompts with it, greedy and at temperature 1."""
     target = demo_pair() / "target"
     corpus = gather("stdlib")
-    model, tokenizer = load_model(target, dtype=fast_dtype_name())
+    model, tokenizer = load_model(target, dtype=training_dtype_name())
     settings = DistillSettings(shape=shape, max_tokens=tokens, evaluate_every=tokens, patience=0, **changes)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
         report = distill(model, tokenizer, corpus, Path(folder) / "draft", settings)  # type: ignore[arg-type]
-        engine = load(target, draft=Path(folder) / "draft", dtype=fast_dtype_name())
+        engine = load(target, draft=Path(folder) / "draft", dtype=decoding_dtype_name())
     prompts = held_out_prompts(tokenizer, corpus, count=PROMPTS, tokens=128)  # type: ignore[arg-type]
     lengths = [
         engine.generate(

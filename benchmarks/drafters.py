@@ -23,7 +23,7 @@ from specdec import bench
 from specdec.bench import PLAIN, Measurement, Method, kind_of_text
 from specdec.checkpoints import load_model
 from specdec.controller import AUTO
-from specdec.demo import demo_pair, fast_dtype_name
+from specdec.demo import decoding_dtype_name, demo_pair, training_dtype_name
 from specdec.distill import distill_checkpoint
 from specdec.engine import Engine
 from specdec.heads import train_checkpoint
@@ -52,18 +52,18 @@ def trained(name: str, tokens: int, target: Path) -> Path:
     if name in (ON_TEXT, DISTILLED):
         changes = {"loss": "cross_entropy", "on_policy": 0.0} if name == ON_TEXT else {"on_policy": 0.5}
         settings = DistillSettings(max_tokens=tokens, evaluate_every=tokens // 4, patience=0, **changes)  # type: ignore[arg-type]
-        distill_checkpoint(str(target), out, "stdlib", settings, dtype=fast_dtype_name())
+        distill_checkpoint(str(target), out, "stdlib", settings, dtype=training_dtype_name())
     else:
         kind = "block" if name == BLOCK else "eagle3"
         width = load_model(target, dtype="float32")[0].config.hidden_size // 2 if name == NARROW else 0
         head = HeadSettings(max_tokens=tokens, on_policy=0.5, evaluations=4)
-        train_checkpoint(str(target), kind, out, "stdlib", head, width=width, dtype=fast_dtype_name())
+        train_checkpoint(str(target), kind, out, "stdlib", head, width=width, dtype=training_dtype_name())
     return out
 
 
 def methods(tokens: int, target: Path, temperature: float) -> dict[str, Method]:
     """Every drafter at one length of draft, and where the controller chooses it; a target of its own for each."""
-    again = partial(load, target, dtype=fast_dtype_name())
+    again = partial(load, target, dtype=decoding_dtype_name())
     chains: dict[str, Engine] = {name: again(draft=trained(name, tokens, target))
                                  for name in (ON_TEXT, DISTILLED, BLOCK, EAGLE, NARROW)}  # fmt: skip
     distilled = trained(DISTILLED, tokens, target)
@@ -85,7 +85,7 @@ def methods(tokens: int, target: Path, temperature: float) -> dict[str, Method]:
 def measure(tokens: int, rounds: int) -> list[Measurement]:
     """All ways in all cells."""
     target = demo_pair() / "target"
-    _, tokenizer = load_model(target, dtype=fast_dtype_name())
+    _, tokenizer = load_model(target, dtype=decoding_dtype_name())
     prompts = held_out_prompts(tokenizer, gather("stdlib"), count=PROMPTS, tokens=128)  # type: ignore[arg-type]
     found = []
     for batch, temperature in CELLS:

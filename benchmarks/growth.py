@@ -29,9 +29,9 @@ from rich.table import Column, Table
 
 from specdec.demo import demo_recipe
 from specdec.lm.base import CachedLM
-from specdec.lm.native import NativeLM, native_lm
+from specdec.lm.native import NativeLM, decoding_dtype, native_lm
 from specdec.lm.paged import BLOCK, PagedLM
-from specdec.machine import fast_dtype, machine
+from specdec.machine import machine
 from specdec.nn.gpt import GPT, Config, head_size
 from specdec.picture import COLOURS
 
@@ -63,7 +63,7 @@ def random_lm(context: int, device: torch.device) -> tuple[CachedLM, int]:
     recipe = demo_recipe()
     config = recipe.target.config(recipe.tokenizer.vocab_size, eos_token_id=0)
     config.max_position_embeddings = context
-    dtype = fast_dtype(device)
+    dtype = decoding_dtype(device)
     torch.manual_seed(0)
     return native_lm(GPT(config).to(device, dtype)), token_bytes(config, dtype)
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from specdec import Draft, Drafter, Engine, bench, load
 from specdec.bench import Measurement, Method, Run
 from specdec.controller import AUTO
-from specdec.demo import demo_pair, fast_dtype_name
+from specdec.demo import decoding_dtype_name, demo_pair
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.machine import machine
 from specdec.sequences import Row, Sequences, Step
@@ -172,7 +172,7 @@ def main() -> None:
         time.perf_counter = time.process_time
     console = Console()
     pair = demo_pair(console)
-    engine = load(wide_pair(pair)[0] if given.wide else pair / "target", dtype=fast_dtype_name())
+    engine = load(wide_pair(pair)[0] if given.wide else pair / "target", dtype=decoding_dtype_name())
     found = kinds(engine, given.texts)
     if unknown := set(given.kinds or ()) - set(found):
         parser.error(f"kinds of text are {', '.join(found)}, got {', '.join(sorted(unknown))}")

@@ -22,7 +22,7 @@ from specdec import bench, load
 from specdec.bench import Method
 from specdec.checkpoints import load_model
 from specdec.controller import AUTO
-from specdec.demo import demo_pair, fast_dtype_name
+from specdec.demo import decoding_dtype_name, demo_pair
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.suffix import SuffixDrafter
@@ -43,7 +43,7 @@ LEAST, NEAR = 0.97, 0.95  # what we promise: of plain decoding, of the best fixe
 
 def random_draft(path: Path) -> ModelDrafter:
     """A draft of that checkpoint's shape that has learned nothing."""
-    model, _ = load_model(path, dtype=fast_dtype_name())
+    model, _ = load_model(path, dtype=decoding_dtype_name())
     assert isinstance(model, GPT)
     torch.manual_seed(0)
     return ModelDrafter(native_lm(GPT(copy.deepcopy(model.config)).to(model.embed_tokens.weight.dtype)))
@@ -96,7 +96,7 @@ def main() -> None:
         pair = demo_pair()
         new_tokens = given.new_tokens or (256 if models == "pair" else 64)
         target, draft = (pair / "target", pair / "draft") if models == "pair" else wide_pair(demo_pair())
-        engine, useless = load(target, draft=draft, dtype=fast_dtype_name()), random_draft(draft)
+        engine, useless = load(target, draft=draft, dtype=decoding_dtype_name()), random_draft(draft)
         assert engine.tokenizer is not None
         prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=max(given.batch), tokens=PROMPT_TOKENS)
         for batch in given.batch:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.controller import DEFAULT_DRAFT_TOKENS
-from specdec.demo import demo_pair, fast_dtype_name
+from specdec.demo import decoding_dtype_name, demo_pair
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.load import load
@@ -27,7 +27,7 @@ ROUNDS, NEW_TOKENS = 5, 96
 def main() -> None:
     """Measure, print, write."""
     pair = demo_pair()
-    engine = load(pair / "target", draft=pair / "draft", dtype=fast_dtype_name())
+    engine = load(pair / "target", draft=pair / "draft", dtype=decoding_dtype_name())
     assert engine.tokenizer is not None
     prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=8, tokens=128)
     table = Table("drafter", "batch", "T", "ms per step", "target", "draft", "everything else")

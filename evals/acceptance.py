@@ -27,7 +27,7 @@ from rich.table import Column, Table
 from specdec import bench
 from specdec.controller import Controller, FixedLength
 from specdec.costs import Costs
-from specdec.demo import fast_dtype_name, pair_or_demo
+from specdec.demo import decoding_dtype_name, pair_or_demo
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.vocabularies import VocabularyDrafter
 from specdec.engine import Engine
@@ -282,7 +282,7 @@ def main(
     """Study every task, print, draw, write."""
     console = Console()
     where, given = pair_or_demo(target, draft)
-    engine = load(where, draft=given, dtype=fast_dtype_name() if dtype == "auto" else dtype)
+    engine = load(where, draft=given, dtype=decoding_dtype_name() if dtype == "auto" else dtype)
     if engine.tokenizer is None:
         raise ConfigError("tasks are text, and the target has no tokenizer next to its weights; save one there")
     files = {spec_bench: "turns", jsonl: field}

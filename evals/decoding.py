@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec.checkpoints import checkpoint_directory
-from specdec.demo import fast_dtype_name, pair_or_demo
+from specdec.demo import decoding_dtype_name, pair_or_demo
 from specdec.engine import Engine
 from specdec.load import load
 from specdec.picture import COLOURS
@@ -201,7 +201,7 @@ def main(
     """Compare all ways, show dropout, print, draw, write."""
     console = Console()
     where, given = pair_or_demo(target, draft)
-    engine = load(where, draft=given, dtype=fast_dtype_name() if dtype == "auto" else dtype)
+    engine = load(where, draft=given, dtype=decoding_dtype_name() if dtype == "auto" else dtype)
     assert engine.tokenizer is not None
     texts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=prompts, tokens=64)
     results = []

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from specdec.checkpoints import load_model
-from specdec.demo import demo_pair, fast_dtype_name
+from specdec.demo import decoding_dtype_name, demo_pair
 from specdec.drafters.own import SelfDrafter
 from specdec.engine import Engine, Output
 from specdec.lm.cpu import CpuLM
@@ -315,7 +315,7 @@ def main(
     found = costs(sizes)
     loss = losses(sizes, tokens, windows(held_out, length=sizes.train_length, limit=8), model.config.vocab_size)
     context = max(sizes.prompts) + 2 * sizes.new_tokens
-    longer = lengthened(model, tokens, context, seconds).to(getattr(torch, fast_dtype_name()))
+    longer = lengthened(model, tokens, context, seconds).to(getattr(torch, decoding_dtype_name()))
     drafted = drafting(longer, held_out.tolist(), sizes, window)
     for one in table(found, loss, drafted):
         console.print(one)

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from specdec.demo import fast_dtype_name, pair_or_demo
+from specdec.demo import decoding_dtype_name, pair_or_demo
 from specdec.engine import Engine
 from specdec.load import load
 from specdec.picture import COLOURS
@@ -253,7 +253,7 @@ def main(
     found: dict[str, Numbers] = {}
     logprobs: dict[str, list[float]] = {}
     for name, (drafter, k) in ways.items():
-        engine = load(where, draft=drafter, dtype=fast_dtype_name() if dtype == "auto" else dtype)
+        engine = load(where, draft=drafter, dtype=decoding_dtype_name() if dtype == "auto" else dtype)
         assert engine.tokenizer is not None
         texts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=4 * documents, tokens=tokens)
         with console.status(name):

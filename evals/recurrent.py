@@ -25,7 +25,7 @@ from rich.table import Table
 
 from specdec.bench import PLAIN, Measurement, compare, own_methods
 from specdec.checkpoints import load_lm, load_model
-from specdec.demo import demo_pair, fast_dtype_name
+from specdec.demo import decoding_dtype_name, demo_pair, training_dtype_name
 from specdec.distill import distill
 from specdec.drafters.model import ModelDrafter
 from specdec.engine import Engine
@@ -69,7 +69,7 @@ def train_both(
     target: str, corpus: Corpus, folder: Path, budget: Mapping[str, float], settings: Mapping[str, DistillSettings]
 ) -> dict[str, DistillReport]:
     """Distil the GPT within ``budget`` (max_seconds, max_tokens), then the LSTM on as many tokens; into ``folder``/NAME."""
-    model, tokenizer = load_model(target, dtype=fast_dtype_name())
+    model, tokenizer = load_model(target, dtype=training_dtype_name())
     reports: dict[str, DistillReport] = {}
     for name, given in settings.items():
         own = DistillSettings(**(asdict(given) | dict(budget)))
@@ -236,14 +236,14 @@ def main(
         budget = {"max_seconds": 0 if tokens else seconds, "max_tokens": tokens}
         reports = train_both(where, corpus, Path(folder), budget, settings)
         check_equal(reports)
-        drafts = drafters(Path(folder), fast_dtype_name())
-    found = decode(load(where, dtype=fast_dtype_name()), drafts, prompts, rounds)
+        drafts = drafters(Path(folder), decoding_dtype_name())
+    found = decode(load(where, dtype=decoding_dtype_name()), drafts, prompts, rounds)
     passes = time_passes(drafts)
     console.print(table(found, reports))
     equal, texts = equal_texts(found)
-    console.print(f"{equal} of {texts} greedy texts are plain decoding's, in {fast_dtype_name()}")
+    console.print(f"{equal} of {texts} greedy texts are plain decoding's, in {decoding_dtype_name()}")
     figures = {
-        "settings": {**budget, "drafted": DRAFTED, "new_tokens": NEW_TOKENS, "dtype": fast_dtype_name()},
+        "settings": {**budget, "drafted": DRAFTED, "new_tokens": NEW_TOKENS, "dtype": decoding_dtype_name()},
         "drafts": {name: asdict(report) for name, report in reports.items()},
         "equal_texts": equal,
         "texts": texts,

@@ -22,6 +22,7 @@ from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError
+from specdec.lm.native import decoding_dtype
 from specdec.load import accepted_length, load
 from specdec.machine import cache_directory, fast_dtype
 from specdec.picture import draw
@@ -41,9 +42,18 @@ ON_TEXT = "draft-on-text"
 DISTILLATION = DistillSettings(max_seconds=75, on_policy=0.6, patience=0)
 
 
-def fast_dtype_name() -> str:
-    """The precision that this machine computes fastest in."""
-    return str(fast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))).removeprefix("torch.")
+def training_dtype_name() -> str:
+    """The precision that this machine learns fastest in."""
+    return str(fast_dtype(_device())).removeprefix("torch.")
+
+
+def decoding_dtype_name() -> str:
+    """The precision that this machine decodes fastest in."""
+    return str(decoding_dtype(_device())).removeprefix("torch.")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def demo_recipe() -> Recipe:
@@ -77,7 +87,7 @@ def _distill_draft(pair: Path) -> None:
     """Put a draft that learned from the target in the place of the one that learned from text; that becomes ON_TEXT."""
     made, draft, on_text = pair / "distilled", pair / "draft", pair / ON_TEXT
     if not on_text.is_dir():
-        distill_checkpoint(str(pair / "target"), made, "stdlib", DISTILLATION, dtype=fast_dtype_name())
+        distill_checkpoint(str(pair / "target"), made, "stdlib", DISTILLATION, dtype=training_dtype_name())
         os.replace(draft, on_text)
     os.replace(made, draft)
 
@@ -95,7 +105,7 @@ def pair_or_demo(target: str | None, draft: Sequence[str] | None) -> tuple[str, 
 def demo(picture: Path, console: Console) -> None:
     """Train (first run only), decode held-out code, and print what speculation brings."""
     pair = demo_pair(console)
-    dtype = fast_dtype_name()
+    dtype = decoding_dtype_name()
     engine = load(pair / "target", draft=pair / "draft", dtype=dtype)
     assert engine.tokenizer is not None and engine.drafter is not None
     prompts = held_out_prompts(engine.tokenizer, gather("stdlib"), count=max(BATCHES), tokens=PROMPT_TOKENS)

@@ -15,6 +15,8 @@ from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
 from specdec.lm.cpu import CpuLM
 from specdec.lm.recurrent import RecurrentLM
+from specdec.machine import fast_dtype
+from specdec.nn.cpu import kernels
 from specdec.nn.gpt import GPT
 from specdec.nn.lstm import LSTM
 from specdec.nn.packed import pack_linears
@@ -28,6 +30,11 @@ def native_lm(model: GPT | LSTM) -> CachedLM:
         return _on_gpu(model) if model.embed_tokens.weight.is_cuda else CpuLM(model)
     except LookupError:
         return NativeLM(model)
+
+
+def decoding_dtype(device: torch.device) -> torch.dtype:
+    """The precision that a GPT decodes fastest in: on CPU bfloat16, half of what is read, where passes are compiled."""
+    return torch.bfloat16 if device.type == "cpu" and kernels(torch.bfloat16) is not None else fast_dtype(device)
 
 
 def _on_gpu(model: GPT) -> CachedLM:
