@@ -12,6 +12,7 @@
  */
 #include "linear.h"
 #include "pass.h"
+#include "team.h"
 
 #define BLOCK 64 /* tokens of a block of the cache */
 #define QUERIES (REGISTERS == 32 ? 8 : 6) /* query heads that share one reading of keys and values; at most TILE */
@@ -60,7 +61,7 @@ INLINE void norm_one(const Model *model, float *x, const float *weight, elem *h,
 
 /* h[m] = x[m], normed */
 static void norm(const Pass *pass, const Model *model, const float *weight) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t m = 0; m < pass->tokens; m++)
         norm_one(model, pass->x + m * pad(model->hidden), weight, pass->h + m * pass->ld_h, 0);
 }
@@ -73,7 +74,7 @@ INLINE void embed_one(const Model *model, int64_t id, float *x) {
 /* h[m] = the token's embedding and the hidden state that it is read beside, each of them normed */
 static void fuse(const Pass *pass, const Model *model) {
     int64_t hidden = model->hidden, ldx = pad(hidden);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t m = 0; m < pass->tokens; m++) {
         float embedded[ldx];
         elem *h = pass->h + m * pass->ld_h;
@@ -109,7 +110,7 @@ INLINE void turn(const Model *model, const Pass *pass, float *head, const float 
 static void turn_and_store(const Pass *pass, const Model *model, int64_t number) {
     const Layer *layer = model->layer + number;
     int64_t size = model->head_dim, padded = pad(size), heads = model->heads, groups = model->groups;
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(static) collapse(2) nowait
     for (int64_t m = 0; m < pass->tokens; m++)
         for (int64_t n = 0; n < heads + groups; n++) {
             float *head = pass->wide + m * pass->ld_wide + n * size;
@@ -204,30 +205,28 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
 }
 
 /* h[m] = what the heads of token m gather from the cache */
-static void attend(const Pass *pass, const Model *model, int64_t number) {
+static void attend(const Pass *pass, const Model *model, int64_t number, Team *team) {
     int64_t share = model->heads / model->groups, most = 0;
     for (int64_t row = 0; row < pass->rows; row++) {
         int64_t queries = (pass->row_begins[row + 1] - pass->row_begins[row]) * share;
         most = queries > most ? queries : most;
     }
     int64_t tiles = (most + QUERIES - 1) / QUERIES, width = model->heads * model->head_dim;
-#pragma omp for schedule(dynamic) collapse(3)
-    for (int64_t row = 0; row < pass->rows; row++)
-        for (int64_t group = 0; group < model->groups; group++)
-            for (int64_t t = 0; t < tiles; t++) {
-                int64_t queries = (pass->row_begins[row + 1] - pass->row_begins[row]) * share, begin = t * QUERIES;
-                if (begin < queries)
-                    attend_tile(pass, model, number, row, group, begin, queries - begin < QUERIES ? queries - begin : QUERIES);
-            }
+    int64_t pieces = pass->rows * model->groups * tiles;
+    for (int64_t piece = take_next(team); piece < pieces; piece = take_next(team)) { /* rows are of different lengths */
+        int64_t row = piece / (model->groups * tiles), group = piece / tiles % model->groups, begin = piece % tiles * QUERIES;
+        int64_t queries = (pass->row_begins[row + 1] - pass->row_begins[row]) * share;
+        if (begin < queries) attend_tile(pass, model, number, row, group, begin, least(QUERIES, queries - begin));
+    }
     if (pad_pair(width) > width)
-#pragma omp for
+#pragma omp for schedule(static) nowait
         for (int64_t m = 0; m < pass->tokens; m++) pass->h[m * pass->ld_h + width] = 0;
 }
 
 /* h[m] = silu(gate) * up */
 static void gated(const Pass *pass, const Model *model) {
     int64_t inner = model->inner, strips = (inner + LANES - 1) / LANES;
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(static) collapse(2) nowait
     for (int64_t m = 0; m < pass->tokens; m++)
         for (int64_t s = 0; s < strips; s++) {
             const float *gate = pass->wide + m * pass->ld_wide + s * LANES, *up = gate + inner;
@@ -242,7 +241,7 @@ static void note(const Pass *pass, const Model *model, int64_t number) {
     int64_t hidden = model->hidden;
     for (int64_t tap = 0; tap < pass->taps; tap++)
         if (pass->tapped[tap] == number)
-#pragma omp for schedule(static) nowait /* nobody changes x before all have met again */
+#pragma omp for schedule(static) nowait
             for (int64_t m = 0; m < pass->tokens; m++) {
                 const float *x = pass->x + m * pad(hidden);
                 elem *out = pass->features + (m * pass->taps + tap) * hidden;
@@ -253,14 +252,15 @@ static void note(const Pass *pass, const Model *model, int64_t number) {
 }
 
 static void embed(const Pass *pass, const Model *model) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t m = 0; m < pass->tokens; m++) embed_one(model, pass->ids[m], pass->x + m * pad(model->hidden));
 }
 
 /* What comes before each of a block's four products, and after the last; where the product is another library's, stages are called singly. */
 enum { EMBED, QKV, ATTEND, GATE_UP, DOWN, FINAL, NOTE };
 
-static void before(const Pass *pass, const Model *model, int64_t layer, int which) {
+/* What the threads of a team do of it; they have not met afterwards. */
+static void before(const Pass *pass, const Model *model, int64_t layer, int which, Team *team) {
     switch (which) {
     case EMBED:
         if (!model->hidden_norm) embed(pass, model);
@@ -273,7 +273,8 @@ static void before(const Pass *pass, const Model *model, int64_t layer, int whic
         break;
     case ATTEND:
         turn_and_store(pass, model, layer);
-        if (layer + 1 < model->layers || pass->last_states) attend(pass, model, layer);
+        meet(team);
+        if (layer + 1 < model->layers || pass->last_states) attend(pass, model, layer, team);
         break;
     case GATE_UP: norm(pass, model, model->layer[layer].post_norm); break;
     case DOWN: gated(pass, model); break;
@@ -283,8 +284,9 @@ static void before(const Pass *pass, const Model *model, int64_t layer, int whic
 }
 
 void stage(const Pass *pass, const Model *model, int64_t layer, int64_t which) {
+    Team team = {0};
 #pragma omp parallel num_threads((int)pass->threads)
-    before(pass, model, layer, which);
+    before(pass, model, layer, which, &team);
 }
 
 /* How weights lie */
@@ -316,26 +318,35 @@ void gather(const Model *model, const uint64_t *blocks, const int64_t *sources, 
         }
 }
 
+/* What comes before a product, and the product. */
+static void do_both(const Pass *pass, const Model *model, int64_t layer, int which, Team *team, const Linear *by, float *out,
+                    int64_t ldo, int add) {
+    before(pass, model, layer, which, team);
+    meet(team);
+    linear(by, pass->tokens, pass->h, pass->ld_h, out, ldo, add);
+    meet(team);
+}
+
 /* All layers; what the head reads is left in h. */
 void forward(const Pass *pass, const Model *model) {
     int64_t ldx = pad(model->hidden);
+    Team team = {0};
 #pragma omp parallel num_threads((int)pass->threads)
     {
-        before(pass, model, 0, EMBED);
+        before(pass, model, 0, EMBED, &team); /* each token's embedding is normed by the thread that wrote it */
         for (int64_t i = 0; i < model->layers; i++) {
             const Layer *layer = model->layer + i;
-            before(pass, model, i, QKV);
-            linear(&layer->qkv, pass->tokens, pass->h, pass->ld_h, pass->wide, pass->ld_wide, 0);
-            before(pass, model, i, ATTEND);
-            if (i + 1 == model->layers && !pass->last_states) break;
-            linear(&layer->o, pass->tokens, pass->h, pass->ld_h, pass->x, ldx, 1);
-            before(pass, model, i, GATE_UP);
-            linear(&layer->gate_up, pass->tokens, pass->h, pass->ld_h, pass->wide, pass->ld_wide, 0);
-            before(pass, model, i, DOWN);
-            linear(&layer->down, pass->tokens, pass->h, pass->ld_h, pass->x, ldx, 1);
-            before(pass, model, i, NOTE);
+            do_both(pass, model, i, QKV, &team, &layer->qkv, pass->wide, pass->ld_wide, 0);
+            if (i + 1 == model->layers && !pass->last_states) {
+                before(pass, model, i, ATTEND, &team);
+                break;
+            }
+            do_both(pass, model, i, ATTEND, &team, &layer->o, pass->x, ldx, 1);
+            do_both(pass, model, i, GATE_UP, &team, &layer->gate_up, pass->wide, pass->ld_wide, 0);
+            do_both(pass, model, i, DOWN, &team, &layer->down, pass->x, ldx, 1);
+            before(pass, model, i, NOTE, &team); /* nobody changes x before all have met again */
         }
-        if (pass->last_states) before(pass, model, 0, FINAL);
+        if (pass->last_states) before(pass, model, 0, FINAL, &team);
     }
 }
 

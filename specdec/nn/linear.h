@@ -227,7 +227,7 @@ INLINE Ahead look_ahead(const Linear *by, const Cut *cut, int64_t n, int64_t cou
                    each > 1 && asked + 1 < count ? next + (asked + 1) * apart : here};
 }
 
-/* out[M, n] = (add: out +) x[M, k] w^T (+ bias), by all threads of the team */
+/* out[M, n] = (add: out +) x[M, k] w^T (+ bias), by all threads of a parallel region, which do not wait for each other */
 static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx, float *out, int64_t ldo, int add) {
     const Cut cut = cut_of(by, tokens);
     int64_t blocks = by->n / LANES, strips = (blocks + cut.at_once - 1) / cut.at_once;
@@ -235,7 +235,7 @@ static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx,
     input room[WIDENS ? cut.height * APART(cut.chunk) : 1];
     Inputs inputs = {0, 0};
     for (int64_t m = 0; by->scale && m < tokens; m++) sizes[m] = sum_of(x + m * ldx, by->k);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t s = 0; s < strips; s++)
         for (int64_t g = 0; g < tokens; g += cut.group) {
             int64_t n = s * cut.at_once, count = least(cut.at_once, blocks - n), end = least(g + cut.group, tokens);
