@@ -195,7 +195,7 @@ def bench(
     Example: specdec bench ./target --draft ./draft --prompt-file prompts.txt --out report
     """
     from specdec import sweep
-    from specdec.bench import table
+    from specdec.bench import Measurement, table
     from specdec.machine import machine
     from specdec.report import Report
 
@@ -203,29 +203,29 @@ def bench(
     plain, drafting = sweep.engines(model, draft or [], dtype=dtype, device=device)
     texts = _bench_prompts(plain.tokenizer, prompt_file, prompts)
     ways = sweep.own_ways(plain, drafting, lengths, max_new_tokens)
-    console = Console()
+    console, target = Console(), plain.target
+    dtype = "int8" if target.in_bytes else str(target.dtype).removeprefix("torch.")
+    settings = {"dtype": dtype, "prompts": len(texts), "new tokens": max_new_tokens, "rounds": rounds}
+
+    def report(found: list[Measurement]) -> Report:
+        limit = sweep.limit_of(found, target.weight_bytes)
+        made = Report(f"{Path(model).name}: ways to generate", found, machine(), settings, limit)
+        if out is not None:
+            made.write(out)
+        return made
+
     with ExitStack() as stack:
         if peers or peer_python:
             helper = sweep.first_model(drafting)
             ways += sweep.installed_ways(stack, model, helper, plain, lengths, max_new_tokens, peer_python or [])
-        target = plain.target
         found = sweep.measure(
             ways, texts, batches=batch or [1, 8], temperatures=temperature or [0.0], rounds=rounds, console=console,
-            memory=target.read_bandwidth if target.weight_bytes else None,
+            memory=target.read_bandwidth if target.weight_bytes else None, after_cell=report,
         )  # fmt: skip
-    settings = {
-        "dtype": "int8" if target.in_bytes else str(target.dtype).removeprefix("torch."),
-        "prompts": len(texts),
-        "new tokens": max_new_tokens,
-        "rounds": rounds,
-    }
-    limit = sweep.limit_of(found, target.weight_bytes)
-    report = Report(f"{Path(model).name}: ways to generate", found, machine(), settings, limit)
     console.print(table(found, f"{Path(model).name}, medians of {rounds} rounds"))
-    for line in report.lines():
+    for line in report(found).lines():
         console.print(line, highlight=False)
     if out is not None:
-        report.write(out)
         console.print(f"Report: {out / 'report.html'}")
 
 

@@ -202,10 +202,12 @@ def measure(
     rounds: int,
     console: Console,
     memory: Callable[[], float] | None = None,
+    after_cell: Callable[[list[Measurement]], object] = lambda found: None,
 ) -> list[Measurement]:
     """All ways in interleaved rounds, apart for every batch size and temperature; speedups are to plain decoding.
 
-    ``memory`` measures bytes per second; it is asked beside every run of plain decoding.
+    ``memory`` measures bytes per second; it is asked beside every run of plain decoding. ``after_cell`` is told after each
+    batch size and temperature of all that was found so far, so that an interruption costs no more than a cell.
     """
     cells = [(batch, temperature) for temperature in temperatures for batch in batches]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -225,6 +227,7 @@ def measure(
             for m in bench.summaries(runs, batch=batch, temperature=temperature):
                 way = known[m.method]
                 found.append(replace(m, family=way.family, num_draft_tokens=way.num_draft_tokens))
+            after_cell(found)
     return found
 
 

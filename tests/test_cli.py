@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from specdec import __version__
+from specdec import __version__, bench
 from specdec.cli import app, main
 from specdec.tuned import Choice, Tuned, fingerprint, read_tuned
 from test_peers import openvino
@@ -65,6 +66,24 @@ def test_bench_compares_on_the_users_prompts(tiny_pair: Path, tmp_path: Path) ->
     assert found == [(name, 2, temperature) for temperature in (0.0, 1.0) for name in ("plain", *own)]
     assert "Batch 2, greedy: " in result.output and "of the limit" in result.output
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_bench_leaves_what_it_has_found(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench.timed_rounds
+
+    def interrupted(*given: Any, **settings: Any) -> Any:
+        if (tmp_path / "report.json").exists():
+            raise KeyboardInterrupt
+        return whole(*given, **settings)
+
+    monkeypatch.setattr(bench, "timed_rounds", interrupted)
+    command = ["bench", str(tiny_pair / "target"), "--batch", "1", "--batch", "2", "--k", "2", "--rounds", "1"]
+    result = runner.invoke(app, [*command, "--prompts", "2", "--max-new-tokens", "4", "--out", str(tmp_path)])
+    assert result.exit_code != 0
+    found = json.loads((tmp_path / "report.json").read_text())["measurements"]
+    assert [(m["method"], m["batch"]) for m in found] == [("plain", 1), ("lookup k=2", 1)]
 
 
 def test_bench_measures_peers_beside_ours(tiny_pair: Path, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
     elem queries[QUERIES][padded], p[QUERIES][BLOCK];
     input room[WIDENS ? QUERIES * APART(padded) : 1], weights[WIDENS ? QUERIES * APART(BLOCK) : 1];
     float scores[QUERIES][BLOCK], mixed[QUERIES][padded], largest[QUERIES], sum[QUERIES];
-    int64_t place[QUERIES], last[QUERIES], blocks = 0;
+    int64_t place[QUERIES], last[QUERIES], length = 0;
     for (int m = 0; m < mt; m++) {
         place[m] = pass->row_begins[row] + (begin + m) / share;
         last[m] = pass->seen ? pass->bases[row] + 63 - __builtin_clzll(pass->seen[place[m]]) : pass->places[place[m]];
@@ -183,19 +183,20 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
         memset(mixed[m], 0, sizeof mixed[m]);
         for (int64_t i = 0; i < size; i += LANES) store_some(queries[m] + i, *(const vec *)(query + i), size - i);
         largest[m] = -INFINITY, sum[m] = 0;
-        blocks = last[m] / BLOCK + 1 > blocks ? last[m] / BLOCK + 1 : blocks;
+        length = last[m] + 1 > length ? last[m] + 1 : length;
     }
     Inputs asking = inputs_of(queries[0], padded, mt, padded, room);
-    for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t b = 0; b * BLOCK < length; b++) {
         const elem *keys = block_of(pass, model, row, b, number, group), *values = keys + BLOCK * padded;
-        strip(0, mt, BLOCK / LANES, asking, keys, padded * LANES, padded, scores[0], BLOCK, 0, nothing(keys));
+        int64_t live = least(BLOCK, length - b * BLOCK); /* scores behind them, and their weights, count for nothing */
+        strip(0, mt, (live + LANES - 1) / LANES, asking, keys, padded * LANES, padded, scores[0], BLOCK, 0, nothing(keys));
         for (int m = 0; m < mt; m++) {
             if (last[m] < b * BLOCK)
                 memset(p[m], 0, sizeof p[m]);
             else
                 soften(scores[m], visible(pass, row, place[m], b), p[m], &largest[m], &sum[m], mixed[m], padded);
         }
-        strip(0, mt, padded / LANES, inputs_of(p[0], BLOCK, mt, BLOCK, weights), values, BLOCK * LANES, BLOCK, mixed[0], padded, 1,
+        strip(0, mt, padded / LANES, inputs_of(p[0], BLOCK, mt, BLOCK, weights), values, BLOCK * LANES, pad_pair(live), mixed[0], padded, 1,
               nothing(values));
     }
     for (int m = 0; m < mt; m++) {
