@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(BIN)/specdec demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow --timeout 3600

@@ -69,6 +69,25 @@ def test_logits_are_the_same_bits_however_tokens_are_read(dtype: torch.dtype) ->
     assert torch.equal(lm.append(padded, [1, 3, 2])[1], alone[70:73])
 
 
+@pytest.mark.parametrize("dtype", VARIANTS)
+def test_threads_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also more of them than there are processors; each pass is read several times, as a race is seldom lost."""
+    lm, tokens = CpuLM(model(dtype)), text(2 * BLOCK + 9)
+
+    def logits(rows: int, count: int) -> Tensor:
+        found = lm.append(tokens[:, :count].expand(rows, -1))
+        lm.keep([0] * rows)
+        return found
+
+    lm.reserve(3, CONTEXT)
+    passes = ((1, 1), (1, 5), (3, 40))
+    alone = [logits(*read) for read in passes]
+    for threads in (2, 3, 7):
+        monkeypatch.setattr(cpu, "threads_for", lambda multiplications, threads=threads: threads)
+        for read, expected in zip(passes, alone, strict=True):
+            assert all(torch.equal(logits(*read), expected) for _ in range(20)), (threads, read)
+
+
 def test_the_other_decoder_does_not_give_the_same_bits() -> None:
     """Otherwise the equalities above would prove nothing."""
     lm, tokens = NativeLM(model(torch.float32)), text(2 * BLOCK + 9)
