@@ -9,13 +9,13 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from safetensors import safe_open
 
 from specdec import bench
+from specdec.checkpoints import device_named
 from specdec.distill import distill_checkpoint
 from specdec.draft import Drafter
 from specdec.drafters.hybrid import HybridDrafter
@@ -44,16 +44,12 @@ DISTILLATION = DistillSettings(max_seconds=75, on_policy=0.6, patience=0)
 
 def training_dtype_name() -> str:
     """The precision that this machine learns fastest in."""
-    return str(fast_dtype(_device())).removeprefix("torch.")
+    return str(fast_dtype(device_named("auto"))).removeprefix("torch.")
 
 
 def decoding_dtype_name() -> str:
     """The precision that this machine decodes fastest in."""
-    return str(decoding_dtype(_device())).removeprefix("torch.")
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return str(decoding_dtype(device_named("auto"))).removeprefix("torch.")
 
 
 def demo_recipe() -> Recipe:

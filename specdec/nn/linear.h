@@ -10,7 +10,7 @@
 
 #define WHOLE 16 /* to multiples of which sizes are padded, whatever LANES is */
 #define TILE (REGISTERS == 32 ? 13 : 6) /* the most tokens that share one reading of a weight */
-#define HALF 6   /* as many of them as have registers for sums with four blocks: faster where there are several tiles */
+#define HALF 6   /* as many of them as have registers for sums with four blocks, or two of sixteen registers: faster where there are several tiles */
 #define FAR 2048 /* bytes of a block of a weight, to be asked for ahead of need where there is much to compute with each */
 #define CHUNK 512 /* k of a weight that stays in the nearest cache while several tiles read it */
 #define MOST_BLOCKS 8 /* of a weight that are read side by side */

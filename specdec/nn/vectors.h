@@ -87,6 +87,7 @@ INLINE vec every(const elem *weight, int j) {
 #endif
 }
 
+/* LANES bytes, as numbers from 0 to 255 */
 INLINE vec every_byte(const uint8_t *weight) {
 #if defined(__AVX512F__)
     ints whole = (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)weight));
