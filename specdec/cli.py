@@ -184,7 +184,7 @@ def bench(
         bool, typer.Option("--peers", help="Also measure Hugging Face, and OpenVINO GenAI and vLLM where installed.")
     ] = False,
     peer_python: Annotated[
-        list[str] | None, typer.Option(help="A Python interpreter that has such a peer; repeatable.")
+        list[str] | None, typer.Option(help="A Python that has some of them; repeatable. Alone: no Hugging Face.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report.html, .md, .png and .json.")] = None,
     dtype: Dtype = "auto",
@@ -216,8 +216,8 @@ def bench(
 
     with ExitStack() as stack:
         if peers or peer_python:
-            helper = sweep.first_model(drafting)
-            ways += sweep.installed_ways(stack, model, helper, plain, lengths, max_new_tokens, peer_python or [])
+            helper, others = sweep.first_model(drafting), peer_python or []
+            ways += sweep.installed_ways(stack, model, helper, plain, lengths, max_new_tokens, others, hugging_face=peers)
         found = sweep.measure(
             ways, texts, batches=batch or [1, 8], temperatures=temperature or [0.0], rounds=rounds, console=console,
             memory=target.read_bandwidth if target.weight_bytes else None, after_cell=report,

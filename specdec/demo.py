@@ -35,7 +35,7 @@ from specdec.tuned import LOOKUP
 from specdec.widen import Width, wide_pair
 
 BATCHES = (1, 8)
-PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 96, 3
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 96, 5
 LARGE_PROMPTS, LARGE_TOKENS, LARGE_ROUNDS = 2, 64, 3
 WIDE = Width()
 ON_TEXT = "draft-on-text"

@@ -86,18 +86,21 @@ def test_an_interrupted_bench_leaves_what_it_has_found(
     assert [(m["method"], m["batch"]) for m in found] == [("plain", 1), ("lookup k=2", 1)]
 
 
-def test_bench_measures_peers_beside_ours(tiny_pair: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hugging_face", [True, False])
+def test_bench_measures_peers_beside_ours(tiny_pair: Path, tmp_path: Path, hugging_face: bool) -> None:
     target, draft = str(tiny_pair / "target"), str(tiny_pair / "draft")
     result = runner.invoke(
         app,
         ["bench", target, "--draft", draft, "--batch", "1", "--batch", "2", "--k", "2", "--rounds", "1", "--prompts", "2",
-         "--dtype", "bfloat16", "--max-new-tokens", "6", "--peer-python", openvino(tmp_path), "--out", str(tmp_path / "r")],
+         "--dtype", "bfloat16", "--max-new-tokens", "6", "--peer-python", openvino(tmp_path), "--out", str(tmp_path / "r"),
+         *["--peers"] * hugging_face],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "r/report.json").read_text())["measurements"]
     peers = {batch: [m["method"] for m in found if m["batch"] == batch][4:] for batch in (1, 2)}
-    always = ["HF generate", "OpenVINO GenAI", "OpenVINO GenAI k=2"]
-    assert peers == {1: [always[0], "HF assisted k=2", "HF lookup k=2", *always[1:]], 2: always}
+    theirs = ["OpenVINO GenAI", "OpenVINO GenAI k=2"]
+    own = ["HF generate"] * hugging_face
+    assert peers == {1: own + ["HF assisted k=2", "HF lookup k=2"] * hugging_face + theirs, 2: own + theirs}
     same = {m["method"]: m["same_text"] for m in found if m["batch"] == 1}
     assert same["plain"] == 2 and same["OpenVINO GenAI"] == 0
 
