@@ -216,9 +216,9 @@ def bench(
 
     with ExitStack() as stack:
         if peers or peer_python:
-            helper, others = sweep.first_model(drafting), peer_python or []
+            helper, where = sweep.first_model(drafting), peer_python or []
             ways += sweep.installed_ways(
-                stack, model, helper, plain, lengths, max_new_tokens, others, hugging_face=peers
+                stack, model, helper, plain, lengths, max_new_tokens, where, hugging_face=peers
             )
         found = sweep.measure(
             ways, texts, batches=batch or [1, 8], temperatures=temperature or [0.0], rounds=rounds, console=console,
