@@ -217,9 +217,7 @@ def bench(
     with ExitStack() as stack:
         if peers or peer_python:
             helper, where = sweep.first_model(drafting), peer_python or []
-            ways += sweep.installed_ways(
-                stack, model, helper, plain, lengths, max_new_tokens, where, hugging_face=peers
-            )
+            ways += sweep.installed_ways(stack, model, helper, plain, lengths, max_new_tokens, where, hf=peers)
         found = sweep.measure(
             ways, texts, batches=batch or [1, 8], temperatures=temperature or [0.0], rounds=rounds, console=console,
             memory=target.read_bandwidth if target.weight_bytes else None, after_cell=report,

@@ -173,13 +173,13 @@ def peer_ways(peer: PeerProcess, drafts: bool, lengths: Sequence[int | str], max
 
 def installed_ways(
     stack: ExitStack, model: str, draft: str | None, plain: Engine, lengths: Sequence[int | str], max_new_tokens: int,
-    pythons: Sequence[str], *, hugging_face: bool,
+    pythons: Sequence[str], *, hf: bool,
 ) -> list[Way]:  # fmt: skip
     """Hugging Face's ways, if asked for, and those of every peer that is installed here or for the other ``pythons``.
 
     Peers' processes end with ``stack``. One that refuses the models is left out with a warning.
     """
-    found = hf_ways(model, draft, plain, lengths, max_new_tokens) if hugging_face else []
+    found = hf_ways(model, draft, plain, lengths, max_new_tokens) if hf else []
     for name, python in find_peers(pythons).items():
         peer = stack.enter_context(peer_process(python))
         where = [checkpoint_directory(given) if given is not None else None for given in (model, draft)]
