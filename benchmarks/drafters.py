@@ -4,7 +4,8 @@ python benchmarks/drafters.py [--tokens N] [--rounds R]
 
 Drafters that are trained learn from as many tokens each, for the demo's target: a draft model from text alone, one
 distilled on text and then on what the target writes, a block and an EAGLE-3 head in the same way. They are kept next to
-the demo's pair, so that measuring again is quick. Held-out prompts, ways in turn; draft ms are in models, per pass of the target.
+the demo's pair, so that measuring again is quick. Held-out prompts, ways in turn; draft ms are in models, per pass of the
+target.
 Writes benchmarks/results/drafters.json and .png, and the table of benchmarks/DRAFTERS.md.
 """
 
@@ -110,8 +111,8 @@ def markdown(found: Sequence[Measurement], tokens: int) -> str:
     said = (
         f"Trained drafters learned from {tokens:,} tokens each; drafts of {CHAIN} tokens, trees as named, `auto` where "
         f"the controller chooses; it begins without knowing anything of a drafter, in runs of a tenth of a second. {PROMPTS} "
-        f"held-out prompts, {NEW_TOKENS} new tokens. In a cell: tokens per pass of the target, milliseconds in models that draft "
-        "per pass, tokens per second to plain decoding."
+        f"held-out prompts, {NEW_TOKENS} new tokens. In a cell: tokens per pass of the target, milliseconds in models that "
+        "draft per pass, tokens per second to plain decoding."
     )
     lines = ["# Every drafter", "", said, "", f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(CELLS)]
     for name in dict.fromkeys(m.method for m in found):

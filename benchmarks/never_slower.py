@@ -2,8 +2,9 @@
 
 python benchmarks/never_slower.py [--models pair wide] [--batch 1 4 8 16 32] [--sweep]
 
-Every cell: plain decoding, twice (so that one sees what chance does), and chosen lengths with a good draft, a useless one (random weights), a lookup in text that
-does not repeat itself (sampled at a high temperature), and, with ``--sweep``, fixed lengths 1 to 8 with the good draft.
+Every cell: plain decoding, twice (so that one sees what chance does), and chosen lengths with a good draft, a useless one
+(random weights), a lookup in text that does not repeat itself (sampled at a high temperature), and, with ``--sweep``,
+fixed lengths 1 to 8 with the good draft.
 Interleaved rounds after one to warm up. Writes benchmarks/results/never_slower.json after every cell, where those of other
 models and batches stay.
 """

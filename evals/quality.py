@@ -225,7 +225,8 @@ def draw(found: Mapping[str, Numbers], logprobs: Mapping[str, Sequence[float]], 
     lines.bar_label(bars, [f"{share:.1f}" for share in shares], fontsize=8)
     lines.set_ylabel("lines completed exactly, %")
     samples.errorbar(
-        names, [n.sampled for n in found.values()], yerr=[2 * n.sampled_error for n in found.values()], fmt="o", color=COLOURS[1]
+        names, [n.sampled for n in found.values()], yerr=[2 * n.sampled_error for n in found.values()], fmt="o",
+        color=COLOURS[1],
     )  # fmt: skip
     samples.set_ylabel("nats per sampled token")
     samples.set_title("mean ± 2 standard errors", fontsize=10)

@@ -15,9 +15,7 @@ from specdec.lm.base import FILL_TOKENS, CachedLM, catch_up, window_start
 from specdec.sequences import Row, Sequences
 
 PREFILL_TOKENS = 512  # of prompts, padding included, that rows which decode wait for in a round
-PASS_TOKENS = (
-    64  # about what a pass costs whatever it reads: padding is cheaper up to here, and a smaller part not worth it
-)
+PASS_TOKENS = 64  # a pass over fewer takes about as long: padding costs nothing up to here, and no smaller part is read
 
 
 class Admission:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
-from specdec.draft import Drafter
-from specdec.drafters.eagle3 import Eagle3Drafter
-from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.model import ModelDrafter
+from specdec.draft import Chains, Drafter
 from specdec.lm.base import CachedLM
 from specdec.rounds import Played, Rounds
 from specdec.sequences import Sequences
 
 _MOST_ROUNDS = 64
-_MOST_SECONDS = 0.02  # that who reads along waits for all of them
+_MOST_SECONDS = 0.02  # until somebody who reads along sees new text
 _MOST_UNSEEN = 8  # in which a drafter that looks for repetitions may miss one
 
 
@@ -41,12 +38,14 @@ class Ahead:
         temperatures = None if sequences.greedy else sequences.temperatures
         if temperatures is None and not sequences.greedy:
             return None
-        model, unread = None, [1] * len(sequences)
+        model: Chains | None = None
+        unread = [1] * len(sequences)
         if drafts:
-            model = _chain_model(drafter, sequences, lengths, rule)
+            able: Any = drafter if hasattr(drafter, "alone") else None  # as ``DraftsAlone`` says
+            model = None if able is None else able.alone(sequences, lengths, rule)
             if model is None:
                 return None
-            most = min(most, _MOST_UNSEEN) if model is not drafter else most
+            most = most if model is able else min(most, _MOST_UNSEEN)
             longest, room = max(lengths) + 1, model.room(sequences)
             most = min(most, room // longest) if max(limits) + longest > room else most
             found = model.unread(sequences)
@@ -60,14 +59,3 @@ class Ahead:
         )  # fmt: skip
         played = self._target.play(asked, None if model is None else model.lm)
         return played if played is not None and played.tokens else None
-
-
-def _chain_model(
-    drafter: Drafter | None, sequences: Sequences, lengths: list[int], rule: str
-) -> ModelDrafter | Eagle3Drafter | None:
-    """Whose model makes all of these drafts, as chains; None where guesses come from elsewhere or otherwise."""
-    model = drafter
-    if isinstance(drafter, HybridDrafter):  # how often it looks into the text must not decide what is drawn
-        model = drafter.alone(sequences, lengths) if sequences.greedy or rule == "coupled" else None
-    is_one = type(model) in (ModelDrafter, Eagle3Drafter)  # those derived from them do more
-    return cast("ModelDrafter | Eagle3Drafter", model) if is_one else None

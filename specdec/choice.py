@@ -86,7 +86,10 @@ class _Best(NamedTuple):
 
 
 class Chooser:
-    """Weighs what drafts of every length promise against plain decoding. ``kept``: depth and tokens of the latest, but asides."""
+    """Weighs what drafts of every length promise against plain decoding.
+
+    kept: depth and tokens of the latest choice that was no aside.
+    """
 
     def __init__(self, costs: Costs, ledger: Ledger) -> None:
         self.kept = 0, 0

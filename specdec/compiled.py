@@ -16,8 +16,8 @@ from pathlib import Path
 from specdec.errors import FallbackWarning
 from specdec.machine import cache_directory, instructions, processor
 
-# NaN must stay NaN, so no -ffast-math. Sums of a product and what is added are fused everywhere or nowhere.
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+# NaN must stay NaN, so no -ffast-math.
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
 
 def compiled(*sources: Path, flags: Sequence[str] = (), purpose: str) -> ctypes.CDLL | None:

@@ -11,18 +11,16 @@ from specdec.choice import LEAST_LEFT, PROBE_TOKENS, Choice, Chooser, Situation
 from specdec.controller import DEFAULT_DRAFT_TOKENS
 from specdec.costs import Costs
 from specdec.draft import Drafter, Foresight, Outlook, Prices
-from specdec.experience import MOST_DRAFT_TOKENS, Experience
-from specdec.ledger import Ledger, Streak, Timed
-from specdec.pacing import LONGEST_STAY, Rest, Thought
-from specdec.sequences import Row, Sequences, Step
+from specdec.experience import MOST_DRAFT_TOKENS
+from specdec.lessons import Lessons
+from specdec.pacing import LONGEST_STAY, Rest
+from specdec.sequences import Sequences, Step
 from specdec.stats import Decisions
 
 _CHECK = 5  # plain steps that are measured before any draft, and before it is believed that drafts lose
 _MEASURED_PASSES = 8  # of a plain step that is measured; one of several counts twice
-_SEVERAL = 4  # rounds that were measured together and drafted
 _FIRST_WAIT, _LONGEST_WAIT = 16, 1024  # steps between tries; twice as many after each that showed nothing
 _PROBE_STEPS = 8  # of one such try; the first ones take longer than others
-_LEAST_READ = 32  # unread tokens that say what reading costs
 _STAY = 8  # steps that a choice is kept; twice as many each time it stays the same
 _STAY_CARE = 0.03  # that share of them, at most, in plain steps, may go into deciding where it is dear
 _SHORT_STAY = 3  # the same where every step's text counts, but deciding is dear
@@ -36,32 +34,28 @@ class Adaptive:
     """Drafts as many tokens as promise the most tokens per second, 0 where none does.
 
     Knows what a pass over B rows of W tokens and their drafts cost (``Costs``, measured as it goes) and how rows fare
-    (``Experience``, or the drafter's own ``outlook``). Whatever is promised, drafts that are measured to lose more than
-    ``Ledger`` allows are given up. Where a draft model does not pay it is tried again now and then.
+    (``Experience``, or the drafter's own ``outlook``), which it learns from steps as they are done (``Lessons``). Whatever
+    is promised, drafts that are measured to lose more than ``Ledger`` allows are given up. Where a draft model does not pay
+    it is tried again now and then.
     """
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.decisions = Decisions()
-        self._experience = Experience.of_positions()
-        self._ledger = Ledger(costs)
-        self._since, self._wait = 0, _FIRST_WAIT  # steps since a model drafted, and until it will be tried
-        self._has_read: set[int] = set()  # the rows whose text the draft model knows but for what came since
-        self._begun: set[int] = set()  # numbers of rows for which anything was drafted: the first time is slow
+        self._lessons = Lessons(costs)
+        self._thought, self._ledger = self._lessons.thought, self._lessons.ledger
+        self._wait = _FIRST_WAIT  # steps without drafts by a model until it will be tried
         self._probing = 0  # steps of the probe under way that are left
         self._ids: list[int] = []  # of the rows
         self._rows = self._age = 0
         self._refused = 0  # steps in a row whose drafts were refused, all of them
-        self._since_settled = 0  # drafts since a plain step was measured well
-        self._streak = Streak()
         self._chooser, self._choice = Chooser(costs, self._ledger), Choice([])  # the latest one
-        self._thought, self._rest = Thought(), Rest()
+        self._rest = Rest()
         self._stay = _STAY
         self._check = 0  # plain steps to measure before anything else
         self._holds = 1  # steps that the latest choice holds for
         self._is_restless = False  # whether something is decided at every step
         self._seen = 1.0  # share of rows in which looks at the text found something, lately
-        self._spell: list[Timed] = []  # steps since the last decision, of which nothing was learned yet
         self._has_model = False  # whether the drafts of any row cost passes of one
 
     @property
@@ -112,7 +106,7 @@ class Adaptive:
         """These are the rows from now on."""
         if ids != self._ids:
             self._end_spell()
-            self._experience.forget(set(self._experience).difference(ids))  # rows that were given up, not finished
+            self._lessons.forget(set(self._lessons.experience).difference(ids))  # given up, not finished
             self._ids, self._age = ids, min(self._age, self._least_stay)  # what holds for all rows holds for new ones
         if len(ids) != self._rows:
             self._rows, self._age, self._stay = len(ids), 0, _STAY
@@ -122,105 +116,45 @@ class Adaptive:
     def observe(self, steps: Sequence[Step], draft_seconds: float, step_seconds: float, overhead: float = 0.0) -> None:
         self._thought.add(overhead)
         self.decisions.count(steps)
-        first, passes = steps[0], sum(step.passes for step in steps)
-        unread = self._unread(first.rows) if draft_seconds else 0
-        self._since = 0 if draft_seconds else self._since + passes
-        is_settled = self._streak.add(any(first.drafted), passes, draft_seconds + step_seconds)
+        timed = self._lessons.timed(steps, draft_seconds, step_seconds)
         self._age, self._probing = self._age - len(steps) + 1, max(0, self._probing - len(steps) + 1)
-        self._check = max(0, self._check - (passes > 1))
-        self._rest.add(passes - 1)
+        self._check = max(0, self._check - (timed.passes > 1))
+        self._rest.add(timed.passes - 1)
+        ended = [steps[-1].rows[slot].id for slot in steps[-1].finished]
         if self._rest.left:  # nothing is decided before the last step of one
-            self._ledger.rested += passes
+            self._ledger.rested += timed.passes
         else:
-            timed = Timed(steps, draft_seconds, step_seconds, unread, is_settled)
-            begins = self._streak.drafts and len(first.rows) not in self._begun
-            if begins or first.is_first:  # what it took says nothing
-                self._begun.update([len(first.rows)] * begins)
-                self._count_drafts([timed])
-            else:
-                self._spell.append(timed)
-            if unread:
-                self._has_read = {row.id for row in first.rows}
+            self._lessons.note(timed)
             self._look_for_refusals(steps)
-            if self._is_restless or self._choice.is_try or self._probing or steps[-1].finished:
+            if self._is_restless or self._choice.is_try or self._probing or ended:
                 self._end_spell()
-        if steps[-1].finished:
-            ended = [steps[-1].rows[slot].id for slot in steps[-1].finished]
-            self._experience.forget(ended)
-            self._has_read.difference_update(ended)
+        self._lessons.forget(ended)
 
     def _look_for_refusals(self, steps: Sequence[Step]) -> None:
         """Decide anew where what was believed does not hold."""
         for step in steps:
-            self._refused = self._refused + 1 if self._streak.drafts and not any(step.accepted) else 0
+            self._refused = self._refused + 1 if self._lessons.drafts and not any(step.accepted) else 0
             if self._refused >= self._choice.patience:
                 self._age = 0
 
     def _end_spell(self) -> None:
         """Learn from what was done since the last decision."""
-        if self._spell:
-            self._learn(self._spell)
-            self._spell = []
+        learned = self._lessons.learn(self._choice)
+        if learned is None:
+            return
+        self.decisions.probes += learned.passes * learned.is_try
+        if not learned.is_try:
+            self._wait = _FIRST_WAIT if learned.by_model else self._wait
+            self._look_at_losses()
 
-    def _learn(self, spell: list[Timed]) -> None:
-        """Learn from steps of the same rows and the same choice."""
-        rows, count = len(spell[0].steps[0].rows), sum(len(timed.steps) for timed in spell)
-        for timed in spell:
-            self._time(timed, rows)
-        self._count_drafts(spell)
-        by_model = sum(timed.draft_seconds for timed in spell)
-        drafts, latest = self._streak.drafts, self._choice
-        is_try = drafts and (latest.is_try or by_model > 0 and (latest.is_free or not latest.drafts))
-        deciding = self._thought.spread(count if drafts and not is_try else 0)
-        self.decisions.probes += sum(timed.passes for timed in spell) * is_try
-        self._ledger.enter(spell, is_try=is_try, deciding=deciding)
-        if not is_try:
-            self._wait = _FIRST_WAIT if by_model else self._wait
-            self._look_at_losses(rows)
-
-    def _count_drafts(self, spell: list[Timed]) -> None:
-        """Learn how the drafts of these steps fared."""
-        steps = [step for timed in spell for step in timed.steps]
-        if any(steps[0].drafted):
-            ids = [row.id for row in steps[0].rows]
-            self._experience.count_chains(ids, [step.drafted for step in steps], [step.accepted for step in steps])
-
-    def _time(self, timed: Timed, rows: int) -> None:
-        """Note what steps took."""
-        first, count = timed.steps[0], len(timed.steps)
-        width, drafted, draft_seconds = max(first.drafted), sum(first.drafted), timed.draft_seconds / count
-        seconds = timed.step_seconds / timed.passes
-        if timed.unread >= _LEAST_READ:
-            expected = min(draft_seconds, float(self.costs.drafts(rows, width)[width]))
-            self.costs.count_reading((draft_seconds - expected) / timed.unread)
-        elif draft_seconds and timed.unread < count:
-            self.costs.count_draft(rows, width, draft_seconds)
-        is_settled = timed.is_settled
-        if width:
-            self._since_settled += count
-            if not draft_seconds and self.costs.knows(rows, drafted):
-                self._thought.count_alone(seconds - float(self.costs.passes(rows, drafted)[drafted]))
-        else:
-            if is_settled or not self.costs.knows(rows, 0):
-                self._since_settled = 0
-            # Even a plain step that follows others takes at most that long, so what is believed is too much.
-            is_settled |= self.costs.is_settled(rows) and seconds < self.costs.passes(rows, 0)[0]
-        self.costs.count_pass(rows, drafted, seconds, is_settled=is_settled)
-        if count >= _SEVERAL and not self.costs.knows(rows, drafted):  # their mean is as good as two
-            self.costs.count_pass(rows, drafted, seconds, is_settled=is_settled)
-
-    def _look_at_losses(self, rows: int) -> None:
+    def _look_at_losses(self) -> None:
         """Where drafts have lost too much, measure plain decoding before that is believed."""
         if not self._ledger.is_spent or self._check:
             return
-        if self._streak.drafts:
+        if self._lessons.drafts:
             self._check, self._age = _CHECK, 0
         else:
-            self._ledger.settle(rows)
-
-    def _unread(self, rows: Sequence[Row]) -> int:
-        """About how many tokens a draft model has to read before it can draft as usual."""
-        return sum(self._since if row.id in self._has_read else len(row.tokens) for row in rows)
+            self._ledger.settle(self._rows)
 
     def _prices(self) -> Prices:
         """What the time of one token of a model's usual draft, and of a step alone, could have brought instead."""
@@ -249,7 +183,7 @@ class Adaptive:
         look, gain = _MEASURED_PASSES if self._thought.is_dear else 2, max(1 - 1 / self._choice.promise, 1e-3)
         # It is decided before and after.
         trust = (look * gain + 2 * self._thought.share) / _LOOKS / self._choice.step
-        is_lately = self._since_settled < min(max(trust, _LEAST_TRUST), _LONGEST_TRUST)
+        is_lately = self._lessons.since_settled < min(max(trust, _LEAST_TRUST), _LONGEST_TRUST)
         return is_lately and self.costs.knows(self._rows, 0) and self.costs.is_fresh(self._rows)
 
     def _decide(self, sequences: Sequences, foresight: Foresight | None, limits: list[int]) -> None:
@@ -259,12 +193,12 @@ class Adaptive:
         if foresight is not None:
             outlook = foresight.outlook(sequences, limits, self._prices())
         else:
-            outlook = Outlook(self._experience.survival(self._ids, limits), np.ones(len(limits), dtype=bool))
+            outlook = Outlook(self._lessons.experience.survival(self._ids, limits), np.ones(len(limits), dtype=bool))
         before, kept, left = self._choice, self._chooser.kept, self._left(sequences)
         self._has_model = bool(outlook.runs_model.any())
         self._choice = before.given_up(self._rows, is_look=True)
         if self._knows_plain:
-            unread, thought = self._unread(sequences.rows), self._thought
+            unread, thought = self._lessons.unread(sequences.rows), self._thought
             given = Situation(outlook, left, unread, thought.care, self._alone, thought.is_dear, self._is_restless)
             self._choice = self._chooser.choose(given, before)
             if self._choice.plain:
@@ -294,21 +228,27 @@ class Adaptive:
         self._age = _PROBE_STEPS if chosen.is_try else stay if is_settled else _SHORT_STAY * is_dear
         if chosen.drafts:
             self._rest.end()
-            self._experience.fade(row for row, length in zip(self._ids, chosen.lengths, strict=True) if not length)
+            self._lessons.experience.fade(
+                row for row, length in zip(self._ids, chosen.lengths, strict=True) if not length
+            )
         elif self._knows_plain:
-            self._experience.fade(self._ids)
+            self._lessons.experience.fade(self._ids)
             self._rest.begin(self._thought, chosen.promise, left, may_change=outlook is not None)
             self._age = 0
 
     def _probe_steps(self, sequences: Sequences) -> int:
         """Whether it is time to see how drafts fare, and for how many steps there is time to lose."""
-        if self._since < self._wait or not self.costs.knows(self._rows, 0) or self._left(sequences) < LEAST_LEFT:
+        if (
+            self._lessons.since < self._wait
+            or not self.costs.knows(self._rows, 0)
+            or self._left(sequences) < LEAST_LEFT
+        ):
             return 0
         passes = self.costs.passes(self._rows, PROBE_TOKENS * self._rows)
         drafting = self.costs.drafts(self._rows, PROBE_TOKENS)[PROBE_TOKENS]
-        tokens = 1 + self._experience.survival([-1], [PROBE_TOKENS]).sum()  # as rows fare on the whole
+        tokens = 1 + self._lessons.experience.survival([-1], [PROBE_TOKENS]).sum()  # as rows fare on the whole
         lost = max(0.01 * passes[0], drafting + passes[-1] - tokens * passes[0])
-        count = int((self._ledger.spare(self._rows) - self.costs.reading * self._unread(sequences.rows)) / lost)
+        count = int((self._ledger.spare(self._rows) - self.costs.reading * self._lessons.unread(sequences.rows)) / lost)
         return min(count, _PROBE_STEPS) if count > 1 else 0
 
     def _left(self, sequences: Sequences) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -12,7 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specdec.errors import ConfigError
+
 if TYPE_CHECKING:
+    from specdec.lm.base import CachedLM
     from specdec.sequences import Sequences, Step
 
 
@@ -46,6 +49,20 @@ class Draft:
         cells = [[len(row), *row, *[0] * (width - len(row))] for row in tokens]
         table = torch.tensor(cells).to(device, non_blocking=True)
         return cls(table[:, 1:], table[:, 0])
+
+    def checked(self, most: Sequence[int], vocab_size: int, drafter: object) -> Draft:
+        """Without what is beyond ``most[b]`` tokens of a row. Raises ``ConfigError`` for ids that are no tokens."""
+        width = max(most)
+        lengths = torch.tensor(most, device=self.lengths.device).minimum(self.lengths)
+        tokens, probs = self.tokens[:, :width], None if self.probs is None else self.probs[:, :width]
+        parents = self.parents and [own[:count] for own, count in zip(self.parents, most, strict=True)]
+        draft = Draft(tokens, lengths, probs, parents)
+        wrong = tokens[draft.is_drafted & ((tokens < 0) | (tokens >= vocab_size))]
+        if len(wrong):
+            raise ConfigError(
+                f"{type(drafter).__name__} proposed token id {int(wrong[0])}; the target knows 0 to {vocab_size - 1}"
+            )
+        return replace(draft, tokens=tokens.where(draft.is_drafted, 0))
 
     @cached_property
     def is_drafted(self) -> Tensor:
@@ -102,11 +119,40 @@ class Foresight(Protocol):
         """What to expect of up to ``most[b]`` tokens of each row; a ``propose`` that follows proposes just them."""
 
 
+class Chains(Protocol):
+    """What drafts by itself for several rounds, with a model that goes on from token to token."""
+
+    @property
+    def lm(self) -> CachedLM:
+        """The model."""
+
+    def room(self, sequences: Sequences) -> int:
+        """How many tokens each row may get, drafts included, before the model must begin a new window of one."""
+
+    def unread(self, sequences: Sequences) -> list[int] | None:
+        """How many tokens at each row's end the model reads next; None where it cannot read them by itself."""
+
+
+class DraftsAlone(Protocol):
+    """A drafter whose drafts may all come from one model; others need not have this."""
+
+    def alone(self, sequences: Sequences, lengths: list[int], rule: str) -> Chains | None:
+        """Who makes all of these drafts, as chains; None where some come from elsewhere, or otherwise."""
+
+
 class SeesRounds(Protocol):
     """A drafter that learns from several steps at once, in less time; others need not have this."""
 
     def observe_rounds(self, steps: Sequence[Step]) -> None:
         """As ``observe`` for one after the other, but rows have gone on to the last of them; its model alone drafted."""
+
+
+def propose(drafter: Drafter, sequences: Sequences, lengths: list[int]) -> Draft:
+    """Ask for a draft. What a drafter that is not part of this library proposes is checked."""
+    draft = drafter.propose(sequences, lengths)
+    if type(drafter).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return draft
+    return draft.checked(lengths, sequences.vocab_size, drafter)
 
 
 @torch.inference_mode()

@@ -35,6 +35,8 @@ def encoded_requests(
 ) -> list[Request | SpecDecError]:
     """One request per output, in order; its prompt is the decoder's start token, its ``source`` is the user's prompt.
 
+    What is not made of token ids is encoded here and now, as nobody else can say whether it is sound.
+
     prompts: whatever ``build_requests`` takes, for the encoder; or a mapping of tensors [rows, ...] by the names of the
     encoder's arguments (input_features, pixel_values, ...), or a list of such mappings of one row each. A mapping may
     have "decoder_input_ids" [rows, T], with which the decoder then begins.
@@ -59,14 +61,14 @@ def _sources(
     prompts: Any, attention_mask: Tensor | None, limits: Limits, tokenizer: Any, lm: EncoderDecoderLM
 ) -> list[Source | SpecDecError]:
     """What the encoder reads for each row, or the row's error."""
+    size = lm.model.get_input_embeddings().num_embeddings
+    encoder_limits = replace(limits, vocab_size=size, context=1 << 62)
     if isinstance(prompts, Mapping) and "input_ids" not in prompts:
         if attention_mask is not None:
             prompts = {**prompts, "attention_mask": attention_mask}
-        return list(_rows_of(prompts))
+        return [_checked(i, row, encoder_limits, lm) for i, row in enumerate(_rows_of(prompts))]
     if isinstance(prompts, Sequence) and prompts and all(isinstance(prompt, Mapping) for prompt in prompts):
-        return [_one_row(i, prompt) for i, prompt in enumerate(prompts)]
-    size = lm.model.get_input_embeddings().num_embeddings
-    encoder_limits = replace(limits, vocab_size=size, context=1 << 62)
+        return [_checked(i, row, encoder_limits, lm) for i, row in enumerate(prompts)]
     result: list[Source | SpecDecError] = []
     for i, tokens in enumerate(token_lists(prompts, attention_mask, tokenizer)):
         try:
@@ -96,14 +98,23 @@ def _rows_of(batch: Source) -> list[Source]:
     return [{name: value[i : i + 1] for name, value in batch.items()} for i in range(next(iter(counts.values())))]
 
 
-def _one_row(index: int, source: Source) -> Source | SpecDecError:
-    wrong = [name for name, value in source.items() if isinstance(value, Tensor) and len(value) != 1]
-    if wrong:
-        shape = list(source[wrong[0]].shape)
+def _checked(index: int, source: Source, limits: Limits, lm: EncoderDecoderLM) -> Source | SpecDecError:
+    """What the encoder reads for prompt ``index``, or what is wrong with it."""
+    shapes = {name: list(value.shape) for name, value in source.items() if isinstance(value, Tensor)}
+    if wrong := next((name for name, shape in shapes.items() if shape[:1] != [1]), None):
         return PromptError(
-            f"prompt {index} is a mapping of one row, so its tensors are [1, ...]; {wrong[0]} is {shape}"
+            f"prompt {index} is a mapping of one row, so its tensors are [1, ...]; {wrong} is {shapes[wrong]}"
         )
-    return source
+    try:
+        if "input_ids" in source:
+            check_prompt(index, torch.as_tensor(source["input_ids"])[0].tolist(), limits, slide=False)
+            return source
+        return source if "encoder_outputs" in source else {**source, "encoder_outputs": lm.encode(source)}
+    except PromptError as error:
+        return error
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        given = ", ".join(f"{name}: {shapes.get(name, type(source[name]).__name__)}" for name in source)
+        return PromptError(f"prompt {index}: {type(lm.model).__name__} cannot encode {given}: {error}")
 
 
 def _decoder_begin(source: Source | SpecDecError, lm: EncoderDecoderLM) -> list[int]:

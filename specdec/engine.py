@@ -22,12 +22,13 @@ from specdec.ahead import Ahead
 from specdec.control import Adaptive
 from specdec.controller import Controller, FixedLength
 from specdec.costs import Costs, read_costs, write_costs
-from specdec.draft import Draft, Drafter, tell
+from specdec.draft import Draft, Drafter, propose, tell
 from specdec.encoded import encoded_requests
-from specdec.errors import ConfigError, GenerationError, SpecDecError
+from specdec.errors import GenerationError, SpecDecError
 from specdec.graphs import Graphs
 from specdec.judge import judge, judge_tree
 from specdec.lm.base import CachedLM
+from specdec.occupied import occupied
 from specdec.output import Output, Piece
 from specdec.requests import Limits, Prompts, Settings, build_requests
 from specdec.sequences import Request, Row, Sequences, Step
@@ -56,7 +57,6 @@ class Engine:
     ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.limits = Limits(vocab_size or target.vocab_size, target.context, eos_ids)
-        self.busy = False
         self.graphs, self.ahead = Graphs(target.device), Ahead(target)
         self._costs_file, self._costs_written = costs_file, 0.0
         self._controllers: dict[str, Adaptive] = {}
@@ -146,7 +146,6 @@ class Call:
         self.controller = engine.controller(settings.num_draft_tokens, greedy=greedy)
         self.rule = verify.RULES[settings.rule_name]
         self.stats = Stats()
-        self.controller.decisions = self.stats.control
         self.plain_next = False
         self.sequences = Sequences(
             vocab_size=engine.limits.vocab_size,
@@ -155,7 +154,7 @@ class Call:
             coupled=settings.rule_name == "coupled",
             logprobs=settings.logprobs,
             record=record,
-            trees=self.target.reads_trees and getattr(self.drafter, "drafts_trees", False),
+            trees=getattr(self.drafter, "drafts_trees", False) and self.target.reads_trees,
         )
         self.rows = {
             index: Row(request, index, self._text(request, streaming), self.target.device)
@@ -167,9 +166,11 @@ class Call:
 
     def steps(self) -> Iterator[Step]:
         """Run to the end, one step at a time. However it ends, the models' caches are left empty."""
-        if self.engine.busy or any(self.target.lengths):  # engines may share a target
-            raise ConfigError("this model is in the middle of a stream; finish or close it before the next call")
-        self.engine.busy = True
+        with occupied(self.target, self.drafter):
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[Step]:
+        self.controller.decisions = self.stats.control
         started, forward = time.perf_counter(), self.target.forward_seconds
         drafting = _model_seconds(self.drafter)
         try:
@@ -184,7 +185,6 @@ class Call:
                     yield step
         finally:
             self._empty()
-            self.engine.busy = False
             self.engine.keep_costs()
             self.stats.total_seconds = time.perf_counter() - started
             self.stats.verify_seconds = self.target.forward_seconds - forward - self.stats.prefill_seconds
@@ -240,7 +240,7 @@ class Call:
         if self.drafter is None or not any(lengths):
             draft = Draft.empty(len(sequences), sequences.device)
         else:
-            draft = self.drafter.propose(sequences, lengths)
+            draft = propose(self.drafter, sequences, lengths)
         proposing = watch.lap()
         step = self._read(draft)
         self.plain_next = bool(step.retried)
@@ -349,11 +349,11 @@ class Call:
         """Run to the end, giving out each row's text as soon as it is certain."""
         for index, request in enumerate(self.requests):
             if isinstance(request, SpecDecError):
-                yield Piece(index, "", [], "error")
+                yield Piece(index, "", [], "error", request)
         for step in self.steps():
             for row, committed in zip(step.rows, step.committed, strict=True):
                 text = row.text.take() if row.text is not None else ""
-                yield Piece(row.index, text, row.tokens[len(row.tokens) - committed :], row.finish_reason)
+                yield Piece(row.index, text, row.tokens[len(row.tokens) - committed :], row.finish_reason, row.error)
 
     def output(self) -> Output:
         """The results, in the order of the prompts."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-_MOST_GRAPHS = 256
+_MOST_GRAPHS, _MOST_BYTES = 256, 2 << 30  # of one device, and what their inputs and results take
 
 Results = tuple[Tensor, ...]
 
@@ -32,12 +31,18 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self._device, self.records = device, device.type == "cuda"
         self._asked: set[object] = set()
-        self._recorded: OrderedDict[object, _Recorded] = OrderedDict()  # the latest used last
+        self._recorded: dict[object, _Recorded] = {}
+        self._bytes = 0
+        # Not torch's own stream for this: what libraries keep for a stream lies in the memory of the graphs that use it.
+        self._stream = torch.cuda.Stream(device) if self.records else None
         self._pool = torch.cuda.graph_pool_handle() if self.records else None
 
     def clear(self) -> None:
-        """Something has moved that recorded kernels read."""
+        """Something has moved that recorded kernels read, or there are too many of them."""
         self._recorded.clear()
+        self._bytes = 0
+        if self.records:
+            self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, key: object, function: Callable[..., Results], *inputs: Tensor, records: bool = True) -> Results:
         """What ``function`` makes of ``inputs``, recorded when it is asked for again.
@@ -54,7 +59,6 @@ class Graphs:
     def _run(self, key: object, function: Callable[..., Results], inputs: Results, records: bool) -> Results:
         known = self._recorded.get(key)
         if known is not None:
-            self._recorded.move_to_end(key)
             for kept, given in zip(known.inputs, inputs, strict=True):
                 kept.copy_(given, non_blocking=True)
             known.graph.replay()
@@ -70,10 +74,11 @@ class Graphs:
         return results
 
     def _record(self, key: object, function: Callable[..., Results], inputs: list[Tensor]) -> None:
+        if len(self._recorded) >= _MOST_GRAPHS or self._bytes > _MOST_BYTES:
+            self.clear()
         kept = tuple(given.clone() for given in inputs)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             results = function(*kept)
         self._recorded[key] = _Recorded(graph, kept, results)
-        while len(self._recorded) > _MOST_GRAPHS:
-            self._recorded.popitem(last=False)
+        self._bytes += sum(part.nbytes for part in (*kept, *results))

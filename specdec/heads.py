@@ -67,7 +67,8 @@ def train_checkpoint(
     """Train a head of ``kind`` for a directory or hub id, on "stdlib" or the text below a path, into ``out``.
 
     draft_vocab_size: guess only so many of the text's most frequent tokens, 0 for all. width: of an EAGLE-3 head's hidden
-    state, 0 for the target's; a narrower one drafts faster. Raises what ``load`` and ``train_head`` raise, and ``ConfigError`` when ``out`` is in use and not to be replaced (``fresh``).
+    state, 0 for the target's; a narrower one drafts faster. Raises what ``load`` and ``train_head`` raise, and
+    ``ConfigError`` when ``out`` is in use and not to be replaced (``fresh``).
     """
     if kind not in HEADS:
         raise ConfigError(f"drafter must be one of {', '.join(HEADS)}, got {kind!r}")

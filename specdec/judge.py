@@ -9,7 +9,7 @@ from torch import Tensor
 from specdec import tree, verify
 from specdec.draft import Draft
 from specdec.graphs import Graphs, Results
-from specdec.sampling import Filters, Randomness, is_law, largest, laws
+from specdec.sampling import Filters, Randomness, is_law, largest, law, laws
 from specdec.sequences import Sequences
 from specdec.verify import Rule, Verdict
 
@@ -19,12 +19,11 @@ def judge(sequences: Sequences, rule: Rule, logits: Tensor, draft: Draft, graphs
     scores = sequences.process(logits, draft)
     if sequences.greedy:  # laws of large vocabularies are large, and one-hot ones say no more than their tokens
         found = graphs.run(("greedy", scores.shape), _greedy, scores, draft.tokens, draft.lengths)
-    elif graphs.records and all(by.never_waits for by in sequences.filters):
-        key = tuple((by, tuple(rows)) for by, rows in sequences.filters.items())
+    elif graphs.records and (by := _only(sequences.filters)) is not None and by.never_waits:
         given = [scores, draft.tokens, draft.lengths, *sequences.keys_here]
         given += [] if draft.probs is None else [draft.probs]
-        function = partial(_drawn, rule, sequences.filters, sequences.coupled)
-        found = graphs.run((rule, key, sequences.coupled, scores.shape, len(given)), function, *given)
+        function = partial(_drawn, rule, by, sequences.coupled)
+        found = graphs.run((rule, by, sequences.coupled, scores.shape, len(given)), function, *given)
     else:
         target_laws = laws(scores, sequences.filters)
         return rule(target_laws, draft, sequences.randomness), is_law(target_laws).all(-1)
@@ -43,6 +42,11 @@ def judge_tree(sequences: Sequences, logits: Tensor, draft: Draft) -> tuple[tree
     return rule(target_laws, nodes, draft, sequences.randomness), nodes, is_law(target_laws).all(-1)
 
 
+def _only(groups: dict[Filters, list[int]]) -> Filters | None:
+    """The filters of all rows, if they have the same; others are told rows apart by numbers that are not on the device."""
+    return next(iter(groups)) if len(groups) == 1 else None
+
+
 def _greedy(scores: Tensor, tokens: Tensor, lengths: Tensor) -> Results:
     """Accepted and next token, and whether there are any; [B] each."""
     likeliest = largest(scores)
@@ -52,7 +56,7 @@ def _greedy(scores: Tensor, tokens: Tensor, lengths: Tensor) -> Results:
 
 def _drawn(
     rule: Rule,
-    groups: dict[Filters, list[int]],
+    by: Filters,
     coupled: bool,
     scores: Tensor,
     tokens: Tensor,
@@ -62,6 +66,6 @@ def _drawn(
     probs: Tensor | None = None,
 ) -> Results:
     """The same of rows that draw."""
-    target_laws = laws(scores, groups)
+    target_laws = law(scores, by)
     verdict = rule(target_laws, Draft(tokens, lengths, probs), Randomness(seeds, starts, coupled=coupled))
     return verdict.accepted, verdict.next_token, is_law(target_laws).all(-1)

@@ -16,14 +16,15 @@ _GRACE = 8.0  # plain steps whose time it may lose beyond it
 _MOST_AT_ONCE = 4.0  # plain steps, lost by one step; what took longer was disturbed, or is measured again and given up
 _USUAL = 1.1  # times what steps usually take, the most that several together may take undisturbed
 _NEW = 0.05  # weight of the latest step in running means
-_SETTLES, _SETTLE_SECONDS = (
-    4,
-    2e-3,
-)  # passes, or as long, until caches hold what plain steps need after drafts, or drafts
+# Passes, or as long, until the processor's caches hold what plain steps need after drafts, or drafts after plain steps.
+_SETTLES, _SETTLE_SECONDS = 4, 2e-3
 
 
 class Timed(NamedTuple):
-    """Steps that were measured together, how many tokens a draft model had to read first, and whether others alike came before."""
+    """Steps that were measured together.
+
+    unread: tokens that a draft model had to read first; is_settled: whether enough others alike came before.
+    """
 
     steps: Sequence[Step]
     draft_seconds: float
@@ -120,7 +121,10 @@ class Ledger:
         return allowed - self._tried
 
     def enter(self, spell: Sequence[Timed], *, is_try: bool, deciding: float = 0.0) -> None:
-        """Enter steps of the same rows that drafted alike; whether only to see what that takes. It took ``deciding`` besides."""
+        """Enter steps of the same rows that drafted alike.
+
+        is_try: they drafted only to see what that takes; deciding: seconds that went into choosing what to draft.
+        """
         first, rows, count = spell[0].steps[0], len(spell[0].steps[0].rows), sum(timed.passes for timed in spell)
         brought = sum(sum(step.committed) for timed in spell for step in timed.steps) / rows
         fades = (1 - _NEW) ** count

@@ -61,7 +61,8 @@ def load(
         those are run as they are.
 
     Raises ``CheckpointError`` (missing or damaged), ``ModelError`` (weights not finite, cannot be run exactly),
-    ``VocabularyError`` (target and draft share no token, or a tokenizer is missing), ``ConfigError`` (unknown dtype, device or drafter).
+    ``VocabularyError`` (target and draft share no token, or a tokenizer is missing), ``ConfigError`` (unknown dtype,
+    device or drafter).
     """
     place, wanted = device_named(device), dtype_named(dtype)
     tuned = tuned_for(draft, target, checkpoint_directory)

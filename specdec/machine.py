@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 import transformers
 
 _PROBE_SIZE, _PROBES = 512, 8  # about 30 ms
+_THREADS = Lock()  # for who sets their number, which is one for all
 
 
 def cache_directory() -> Path:
@@ -67,14 +71,22 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type != "cpu":
         return torch.float32
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # then thread time is all of the work, and other programs cannot disturb the measurement
-    try:
+    with single_threaded():
         times = [(_matmul_seconds(torch.float32), _matmul_seconds(torch.bfloat16)) for _ in range(_PROBES)]
-    finally:
-        torch.set_num_threads(threads)
     full, half = (min(column) for column in zip(*times, strict=True))
     return torch.bfloat16 if half < 0.67 * full else torch.float32
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """torch computes with one thread: then thread time is all of the work, and other programs cannot disturb measurements."""
+    with _THREADS:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:

@@ -28,9 +28,13 @@ class Output:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of output ``index``; the pieces of an output, joined, are its text. The last one has a reason."""
+    """New text of output ``index``; the pieces of an output, joined, are its text.
+
+    The last one has a reason, as in ``Output.finish_reasons``, and the ``error`` if that is "error".
+    """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
+    error: SpecDecError | None = None

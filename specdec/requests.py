@@ -194,7 +194,11 @@ def token_lists(
     if isinstance(prompts, Mapping):
         if "input_ids" not in prompts:
             raise PromptError(f"a mapping of prompts needs 'input_ids', got {', '.join(map(repr, prompts))}")
-        return token_lists(prompts["input_ids"], prompts.get("attention_mask"), tokenizer)
+        if attention_mask is not None and "attention_mask" in prompts:
+            raise ConfigError(
+                "attention_mask was given twice, in the mapping of prompts and beside it; give one of them"
+            )
+        return token_lists(prompts["input_ids"], prompts.get("attention_mask", attention_mask), tokenizer)
     if isinstance(prompts, Tensor):
         return list(_unpad(prompts, attention_mask))
     if attention_mask is not None:

@@ -94,7 +94,8 @@ class _Rounds(Structure):
                 ("limits", c_void_p), ("vocabulary", c_int64), ("texts", c_void_p), ("stride", c_int64),
                 *((name, c_void_p) for name in ("ends", "unread", "accepted", "stops")),
                 *((name, c_int64) for name in ("stop_count", "rule")),
-                *((name, c_void_p) for name in ("temperatures", "seeds", "starts", "target_laws", "draft_laws", "seconds"))]  # fmt: skip
+                *((name, c_void_p) for name in ("temperatures", "seeds", "starts")),
+                *((name, c_void_p) for name in ("target_laws", "draft_laws", "seconds"))]  # fmt: skip
 
 
 @cache

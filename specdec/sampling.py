@@ -185,7 +185,8 @@ def laws(logits: Tensor, groups: dict[Filters, list[int]]) -> Tensor:
         return law(logits, next(iter(groups)))
     result = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     for by, rows in groups.items():
-        result[rows] = law(logits[rows], by)
+        places = torch.tensor(rows).to(logits.device, non_blocking=True)
+        result[places] = law(logits[places], by)
     return result
 
 

@@ -289,7 +289,7 @@ class Sequences:
             if row.processors:
                 row.processors.commit(step.committed[b])
             if self._processed is not None:
-                row.raw_logits.append(logits[b, : step.committed[b]])
+                row.raw_logits.append(logits[b, : step.committed[b]].clone())  # the rest of the pass is not kept
                 row.scores.append(filtered(self._processed[b, : step.committed[b]], row.filters))
             if logprobs is not None:
                 row.logprobs.extend(logprobs[b][: step.committed[b]])

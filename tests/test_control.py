@@ -30,8 +30,9 @@ class World:
     """A machine with given costs and a drafter with a given chance of acceptance; time is counted, not spent.
 
     A plain step takes 1 second; others ``token`` more for each further token of a pass, ``draft`` for drafting each,
-    and ``book`` for what is done besides; to begin a step that drafts takes ``begin_seconds``. A draft model takes ``reading`` for every token that it has not read; rows
-    end after 256 new ones. Times are disturbed by a factor of about 1 +- ``noise``.
+    and ``book`` for what is done besides; to begin a step that drafts takes ``begin_seconds``. A draft model takes
+    ``reading`` for every token that it has not read; rows end after 256 new ones. Times are disturbed by a factor of
+    about 1 +- ``noise``.
     """
 
     def __init__(
@@ -259,7 +260,7 @@ def test_rows_that_ended_are_forgotten() -> None:
     engine = Engine(native(gpt), ModelDrafter(native(noisy(gpt, 0.01))))
     engine.generate([[i % 7] for i in range(60)], max_new_tokens=[1 + i % 9 for i in range(60)], max_batch_size=4)
     controller = engine.controller("auto", greedy=True)
-    assert isinstance(controller, Adaptive) and list(controller._experience) == []
+    assert isinstance(controller, Adaptive) and list(controller._lessons.experience) == []
 
 
 def test_costs_are_interpolated_and_kept(tmp_path: Path) -> None:
@@ -332,7 +333,7 @@ def test_guesses_that_were_not_proposed_are_judged_too() -> None:
 def test_a_probe_may_meet_a_number_of_rows_of_which_nothing_is_known() -> None:
     controller = Adaptive(Costs())
     rows = [SimpleNamespace(id=number, tokens=[0]) for number in range(6)]
-    controller._since = 5  # the draft model has to catch up, so this step tells nothing of costs
+    controller._lessons.since = 5  # the draft model has to catch up, so this step tells nothing of costs
     for _ in range(2):  # the first one is always slow
         controller.observe([Step(rows, [2] * 6, [0] * 6, [1] * 6)], 0.01, 0.01)
     controller._end_spell()
@@ -355,13 +356,13 @@ def test_rows_may_join_while_a_choice_is_kept() -> None:
     world = World(rows=2, accepted=0.9)
     for rows in (5, 3, 8):
         world.run(101)
-        while not world.controller._spell:
+        while not world.controller._lessons._spell:
             world.step()
         gone = [row.id for row in world.sequences.rows]
         world.begin(rows)
         world.sequences.draft_limits = lambda rows=rows: [100] * rows
         world.step()
-        assert not set(gone).intersection(world.controller._experience)
+        assert not set(gone).intersection(world.controller._lessons.experience)
     assert world.run(500) > world.fixed(0)
 
 

@@ -41,9 +41,10 @@ LAYERS = [
     ["sequences", "scoring"],
     ["controller", "judge", "ledger"],
     ["choice", "pacing"],
+    ["lessons"],
     ["control"],
     ["drafters", "requests", "training"],
-    ["encoded", "admission", "ahead"],
+    ["encoded", "admission", "ahead", "occupied"],
     ["engine"],
     ["tuned"],
     ["checkpoints"],
@@ -210,3 +211,10 @@ def test_the_wheel_holds_specdec_and_nothing_else(tmp_path: Path, monkeypatch: p
     shipped = {str(file.relative_to(ROOT.parent)) for file in MODULES.values()}
     assert shipped <= set(names)
     assert "specdec/py.typed" in names and any(name.endswith("recipes/demo.toml") for name in names)
+
+
+def test_every_file_is_in_the_description_of_the_house() -> None:
+    text = (ROOT.parent / "docs/structure.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z0-9_/]+\.(?:py|c|h))`", text))
+    files = [file for kind in ("py", "c", "h") for file in ROOT.rglob(f"*.{kind}")]
+    assert named == {str(file.relative_to(ROOT)) for file in files if not file.name.startswith("__")}

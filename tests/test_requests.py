@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdec import ConfigError, Engine, PromptError, SpecDecError
 from specdec.drafters.model import ModelDrafter
-from specdec.requests import Settings
+from specdec.requests import Settings, token_lists
 from toys import TableLM, random_table
 
 VOCAB, CONTEXT = 11, 16
@@ -94,6 +94,15 @@ def test_a_mask_of_another_shape_is_refused(engine: Engine, mask: Any, parts: li
 
 def test_a_mask_goes_with_a_tensor_only(engine: Engine) -> None:
     refuse(engine, ConfigError, ["attention_mask", "tensor"], [[1, 2]], attention_mask=torch.ones(1, 2))
+
+
+def test_a_mask_beside_a_mapping_is_used_and_two_are_refused(engine: Engine) -> None:
+    tokens, mask = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1]])
+    refuse(
+        engine, ConfigError, ["attention_mask was given twice"], {"input_ids": tokens, "attention_mask": mask},
+        attention_mask=mask,
+    )  # fmt: skip
+    assert token_lists({"input_ids": tokens}, mask, None) == [[1, 2]]
 
 
 @pytest.mark.parametrize(

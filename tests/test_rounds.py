@@ -164,7 +164,11 @@ def test_a_stream_gives_out_every_round(counted: Counted) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"logprobs": True}, {"repetition_penalty": 1.3}, {"temperature": 1.0, "top_k": 5}, {"temperature": [0.0, 1.0], "num_draft_tokens": 0}]
+    "settings",
+    [
+        {"logprobs": True}, {"repetition_penalty": 1.3}, {"temperature": 1.0, "top_k": 5},
+        {"temperature": [0.0, 1.0], "num_draft_tokens": 0},
+    ],
 )  # fmt: skip
 def test_who_wants_to_look_is_let(settings: dict[str, Any], counted: Counted, single: Callable[..., Output]) -> None:
     target, draft = models()

@@ -72,16 +72,19 @@ def random_table(vocab_size: int, seed: int, spread: float = 1.5) -> Tensor:
     return torch.randn(vocab_size, vocab_size, vocab_size, generator=generator) * spread
 
 
-def tiny_gpt(seed: int = 0, vocab_size: int = 61, context: int = 256, layers: int = 2) -> GPT:
+def tiny_gpt(
+    seed: int = 0, vocab_size: int = 61, context: int = 256, layers: int = 2, heads: tuple[int, int] = (4, 2)
+) -> GPT:
     """A random GPT, with weights large enough that its greedy text does not fall into a loop at once."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
+        hidden_size=8 * heads[0],
         intermediate_size=64,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=8,
         max_position_embeddings=context,
         initializer_range=0.3,
         bos_token_id=None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specdec.draft import Draft
+from specdec.draft import Chains, Draft
 from specdec.drafters.features import SLACK, FeatureDrafter, TreesOfHead
 from specdec.drafters.grown import DEEPEST
 from specdec.drafters.model import ModelDrafter
@@ -73,6 +73,14 @@ class Eagle3Drafter(FeatureDrafter):
             elif latest is not None:
                 self._append(latest, 0)
         return draft
+
+    def free(self, rows: int) -> None:
+        super().free(rows)
+        self._latest = None
+
+    def alone(self, sequences: Sequences, lengths: list[int], rule: str) -> Chains | None:
+        """This drafter, but not those derived from it: they do more."""
+        return self if type(self) is Eagle3Drafter else None
 
     def room(self, sequences: Sequences) -> int:
         """How many tokens each row may get, drafts included."""

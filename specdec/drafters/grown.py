@@ -76,7 +76,8 @@ class Nodes(NamedTuple):
 
     def __add__(self, other: Nodes) -> Nodes:  # type: ignore[override]
         pairs = zip(self, other, strict=True)
-        return Nodes(*(None if a is None or b is None else torch.cat([a, b], dim=1) for a, b in pairs))  # type: ignore[arg-type]
+        joined = (None if a is None or b is None else torch.cat([a, b], dim=1) for a, b in pairs)
+        return Nodes(*joined)  # type: ignore[arg-type]
 
     def read_by(self, read: Read, chosen: Tensor, count: int) -> Tensor:
         """Read the candidates at ``chosen`` [B, W], of whose tree ``count`` nodes were read before. Logits [B, W, V']."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specdec.draft import Draft, Drafter, Outlook, Prices
+from specdec.draft import Chains, Draft, Drafter, Outlook, Prices, propose
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.experience import MOST_DRAFT_TOKENS, Experience
 from specdec.sampling import one_hot
@@ -52,14 +52,19 @@ class HybridDrafter:
         self._asked_model = any(by_model)
         if not self._asked_model:
             return found
-        drafted = self.model.propose(sequences, by_model)
+        drafted = propose(self.model, sequences, by_model)
         return _merged(found, drafted, sequences) if found.tokens.shape[1] else drafted
 
-    def alone(self, sequences: Sequences, lengths: list[int]) -> Drafter | None:
+    def alone(self, sequences: Sequences, lengths: list[int], rule: str) -> Chains | None:
         """The model, if it would make all of these drafts; it may go on then without the lookup."""
+        if not sequences.greedy and rule != "coupled":  # how often it looks into the text must not decide what is drawn
+            return None
         if self._looks_up is None:
             self._weigh(sequences, lengths, Prices(), pooled=False)
-        return None if (self._spoken_for() & (np.array(lengths) > 0)).any() else self.model
+        if (self._spoken_for() & (np.array(lengths) > 0)).any() or not hasattr(self.model, "alone"):
+            return None
+        found: Chains | None = self.model.alone(sequences, lengths, rule)
+        return found
 
     def observe(self, step: Step) -> None:
         """Judge the guesses; the model has read none of what the lookup proposed."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.draft import Draft
+from specdec.draft import Chains, Draft
 from specdec.lm.base import CachedLM, catch_up, window_start
 from specdec.sampling import is_law
 from specdec.sequences import Sequences, Step
@@ -51,7 +51,7 @@ class ModelDrafter:
         if sequences.only_largest:
             return self._guess(sequences, unread, count, lengths)
         tokens = torch.empty(len(sequences), count, dtype=torch.long, device=sequences.device)
-        probs = torch.empty(*tokens.shape, sequences.vocab_size, device=sequences.device)
+        probs = torch.empty(*tokens.shape, sequences.vocab_size, dtype=torch.float32, device=sequences.device)
         done, logits = self._draw_itself(sequences, unread, tokens, probs)
         for i in range(done, count):
             if logits is None:
@@ -81,7 +81,12 @@ class ModelDrafter:
         self.lm.copy(source, target, read)
 
     def free(self, rows: int) -> None:
+        self._unread = []  # of a draft that nobody judged: its step was interrupted
         self.lm.free(rows)
+
+    def alone(self, sequences: Sequences, lengths: list[int], rule: str) -> Chains | None:
+        """This drafter, but not those derived from it: they do more."""
+        return self if type(self) is ModelDrafter else None
 
     def room(self, sequences: Sequences) -> int:
         """How many tokens each row may get, drafts included, before the model must begin a new window of one."""

@@ -59,7 +59,8 @@ class SelfDrafter(ModelDrafter):
         """Nothing to do: the cache is the target's."""
 
     def free(self, rows: int) -> None:
-        """Nothing to do, for the same reason."""
+        """The cache is the target's, but for what was drafted in a step that was interrupted."""
+        self.lm.release()
 
     def _new_tokens(self, sequences: Sequences, count: int) -> tuple[Tensor, list[int]]:
         self._count, self._unread = count, [1] * len(sequences)

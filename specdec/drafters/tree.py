@@ -55,6 +55,7 @@ class TreeDrafter(ModelDrafter):
 
     def free(self, rows: int) -> None:
         super().free(rows)
+        self._read = None
         self.trees.free(rows)
 
 

@@ -65,7 +65,7 @@ class RaggedCache:
         self.key_positions: Tensor | None = None  # [B, L], where keys do not lie in the order of their positions
         self._visible = torch.arange(self.live, device=self.device) <= self.positions.unsqueeze(-1)
         if trees is not None:
-            self._branch(trees, starts)
+            self._branch(trees, lengths)
         self._slots: dict[tuple[int, torch.device], Tensor] = {}
         self._bias: Tensor | None = None
 
@@ -82,12 +82,12 @@ class RaggedCache:
             self._bias = zeros.masked_fill_(~self.visible, float("-inf"))
         return self._bias
 
-    def _branch(self, trees: Sequence[tuple[int, Branches]], lengths: Tensor) -> None:
+    def _branch(self, trees: Sequence[tuple[int, Branches]], lengths: Sequence[int]) -> None:
         """Positions and masks of rows whose uncommitted tokens are trees."""
         self.positions, self._visible = self._places.clone(), self._visible.clone()
         self.key_positions = torch.arange(self.live, device=self.device).repeat(len(trees), 1)
         for b, (committed, tree) in enumerate(trees):
-            new = slice(int(lengths[b]) - committed, len(tree))
+            new = slice(lengths[b] - committed, len(tree))
             depths = committed + torch.tensor(tree.depths, device=self.device)
             seen = torch.tensor(tree.seen, device=self.device)[new, None] >> torch.arange(len(tree), device=self.device)
             count = new.stop - new.start

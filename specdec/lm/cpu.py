@@ -52,9 +52,9 @@ class Tokens(NamedTuple):
 class CpuLM(PagedLM):
     """A ``GPT`` with its cache. The given model is not touched: its weights are packed into copies.
 
-    A token's logits are the same bits whatever else is read in the same pass, as long as passes are compiled ones; so
-    speculation changes no text, in bfloat16 neither (trees add up in another order). Passes of many tokens go through oneDNN's products where these are
-    faster (on processors with matrix units).
+    A token's logits are the same bits whatever else its pass reads, so speculation changes no text, in bfloat16 either.
+    Exceptions: trees, which are summed in another order, and passes of so many tokens that oneDNN's products are faster
+    (on processors with matrix units).
 
     Raises ``LookupError`` where nothing is compiled for this processor and dtype.
     """
@@ -144,7 +144,7 @@ class CpuLM(PagedLM):
         return played
 
     def _reader(self, rows: int, choices: int, tokens: int, projected: int, more: int) -> rounds.Reader | None:
-        """For rounds whose passes read up to ``tokens`` tokens; each row gets room for ``more``. None if that is not compiled."""
+        """For rounds whose passes read up to ``tokens`` tokens; each row gets room for ``more``. None: not compiled."""
         limit = MOST_TOKENS if self._others is None else self._others.least_tokens - 1
         if choices > self.vocab_size or tokens > limit:
             return None
@@ -154,7 +154,7 @@ class CpuLM(PagedLM):
         first = self._described(Tokens(cells, cells, cells, np.arange(tokens) * rows // tokens), 0, True)
         following = self._described(Tokens(cells[:rows], cells[:rows], cells[:rows], np.arange(rows)), 0, True)
         width, packed, library = self._packed.head.n, self._packed, self._library
-        logits, kept = torch.empty(projected, width), np.array(lengths, dtype=np.int64)
+        logits, kept = torch.empty(projected, width, dtype=torch.float32), np.array(lengths, dtype=np.int64)
         given = None if self.fuse is None else torch.empty(tokens, self.fuse.k, dtype=self.dtype)
         if given is not None:
             first.features = given.data_ptr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -144,7 +145,9 @@ class CudaLM(PagedLM):
         return functional.embedding(tokens, self.model.embedding)
 
     def project(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+        flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()  # rows of a slice may lie apart
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return self.model.logits(flat).view(*hidden.shape[:-1], -1)
 
     def _gather(self, slot: int, places: Sequence[int]) -> None:
         blocks = [block.view(-1, BLOCK, self.model.head_dim) for block in self.cache.rows[slot]]
@@ -182,6 +185,7 @@ class CudaLM(PagedLM):
         known = min(given.blocks.shape[1], self.cache.addresses.shape[1])
         addresses = self.cache.addresses[first : first + rows, :known].view(np.int64)
         given.blocks[:rows, :known] = (addresses - self._spare.data_ptr()) // self.dtype.itemsize
+        given.seen.fill(-1)  # padding looks at all there is; at nothing, its mean would be NaN
         for b, (committed, tree) in enumerate(self._trees(first, rows) or ()):
             here = slice(lengths[b] - committed, len(tree))
             given.depths[b, : len(tree) - here.start] = tree.depths[here]

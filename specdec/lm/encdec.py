@@ -34,7 +34,9 @@ class EncoderDecoderLM(RowwiseLM):
     encodes = True
 
     def enter(self, slot: int, source: Any) -> None:
-        self._rows[slot].source = self._encode(source)
+        given = self._given(source)
+        others = {name: given[name] for name in ("attention_mask",) if name in given and name in self._accepted}
+        self._rows[slot].source = Encoded(self.encode(source), others)
 
     def free(self, rows: int) -> None:
         super().free(rows)
@@ -42,31 +44,28 @@ class EncoderDecoderLM(RowwiseLM):
             row.source = None
 
     @torch.inference_mode()
-    def _encode(self, source: Any) -> Encoded:
-        if not isinstance(source, Mapping) or not source:
-            raise PromptError(
-                f"{type(self.model).__name__} reads a source: a dict of tensors of one row, such as "
-                f"{{'{self.model.main_input_name}': ...}} or {{'encoder_outputs': ...}}; got {type(source).__name__}"
-            )
-        given = {name: self._placed(value) for name, value in source.items()}
-        with self.clock.timed():
-            outputs = self._encoded(given)
-        others = {name: given[name] for name in ("attention_mask",) if name in given and name in self._accepted}
-        return Encoded(outputs, others)
-
-    def _encoded(self, given: dict[str, Any]) -> Any:
-        """What the encoder makes of a source, which may hold it already; it is taken out there."""
+    def encode(self, source: Any) -> Any:
+        """What the encoder makes of a source, or made: it may be there already. Raises ``PromptError`` for no source."""
+        given = self._given(source)
         outputs = given.pop("encoder_outputs", None)
         if outputs is None:
             encoder = self.model.get_encoder()
             accepted = inspect.signature(encoder.forward).parameters
             anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
             inputs = {name: value for name, value in given.items() if anything or name in accepted}
-            with probe.evaluating(self.model):
+            with self.clock.timed(), probe.evaluating(self.model):
                 return encoder(**inputs, return_dict=True)
         if isinstance(outputs, Mapping):
             return outputs
         return BaseModelOutput(last_hidden_state=outputs if isinstance(outputs, Tensor) else outputs[0])
+
+    def _given(self, source: Any) -> dict[str, Any]:
+        if not isinstance(source, Mapping) or not source:
+            raise PromptError(
+                f"{type(self.model).__name__} reads a source: a dict of tensors of one row, such as "
+                f"{{'{self.model.main_input_name}': ...}} or {{'encoder_outputs': ...}}; got {type(source).__name__}"
+            )
+        return {name: self._placed(value) for name, value in source.items()}
 
     def _placed(self, value: Any) -> Any:
         """A tensor on the model's device and, if it holds numbers and not ids, in its dtype."""

@@ -56,8 +56,8 @@ class Features:
 
     def copy(self, source: int, target: int, fewer: int) -> None:
         """Slot ``target`` becomes slot ``source`` without its last ``fewer`` tokens."""
-        self.drop(target)
         parts = self._committed.get(source)
+        self.drop(target)
         if parts:
             whole = parts[0] if len(parts) == 1 else torch.cat(parts)
             self._committed[target] = [whole[: max(0, len(whole) - fewer)]]

@@ -17,4 +17,5 @@ def compiled(source: str, *, dtype: torch.dtype, purpose: str) -> ctypes.CDLL | 
     """As ``specdec.compiled.compiled``, of a file of this folder and its headers; None without a variant for ``dtype``."""
     if dtype not in VARIANTS:
         return None
-    return compiler.compiled(FOLDER / source, *sorted(FOLDER.glob("*.h")), flags=VARIANTS[dtype], purpose=purpose)
+    flags = ("-fopenmp", *VARIANTS[dtype])
+    return compiler.compiled(FOLDER / source, *sorted(FOLDER.glob("*.h")), flags=flags, purpose=purpose)

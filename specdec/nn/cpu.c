@@ -353,6 +353,7 @@ void forward(const Pass *pass, const Model *model) {
 
 /* out [M, n] of x [M, ldx] */
 void product(const Linear *by, int64_t tokens, const elem *x, int64_t ldx, float *out, int64_t ldo, int64_t threads) {
+    if (!tokens) return;
 #pragma omp parallel num_threads((int)threads)
     linear(by, tokens, x, ldx, out, ldo, 0);
 }

@@ -227,14 +227,15 @@ class CompiledLinear(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.packed.dtype or x.shape[-1] != self.in_features:
+        if not x.is_cpu or x.dtype != self.packed.dtype or x.shape[-1] != self.in_features:
             raise RuntimeError(
-                f"a layer of {self.packed.dtype} takes {self.in_features} inputs, got {tuple(x.shape)} of {x.dtype}"
+                f"a layer of {self.packed.dtype} on cpu takes {self.in_features} inputs, got {tuple(x.shape)} of {x.dtype} "
+                f"on {x.device}"
             )
         flat = nn.functional.pad(x.reshape(-1, self.in_features), (0, self.by.k - self.in_features)).contiguous()
-        out = torch.empty(len(flat), self.by.n)
+        out = torch.empty(len(flat), self.by.n, dtype=torch.float32)
         product(self.library, self.by, flat, out)
-        return out[:, : self.out_features].unflatten(0, x.shape[:-1]).to(self.dtype)
+        return out[:, : self.out_features].reshape(*x.shape[:-1], -1).to(self.dtype)
 
 
 def read_bandwidth() -> float:

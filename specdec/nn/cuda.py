@@ -97,7 +97,7 @@ class CudaModel:
         for number, layer in enumerate(self.layers):
             mixed = self._attend(number, layer, self._normalised(stream, added, layer.norm), read)
             if number - 1 in taps:
-                kept[number - 1] = stream.to(self.dtype)  # with what the layer before has added
+                kept[number - 1] = stream.to(self.dtype, copy=True)  # with what the layer before has added
             inner = self._normalised(stream, self._product(mixed, layer.output), layer.mlp_norm)
             added = self._product(self._product(inner, layer.gate_up, gated=True), layer.down)
         return self._normalised(stream, added, self.norm), [kept[layer] for layer in taps]

@@ -155,7 +155,8 @@ class Eagle3Head(FeatureHead):
         """The mean divergence over the steps of the unrolled pass, and over the places of each row, then over rows.
 
         tokens [B, T] int64, features [B, T, F] of them, logits [B, T, V] of the target; drafts of tokens up to number
-        ``begin`` are not learned from. At every step the tokens are the text's own. A trimmed vocabulary leaves the target's law as it is: it then sums to less than 1.
+        ``begin`` are not learned from. At every step the tokens are the text's own. A trimmed vocabulary leaves the
+        target's law as it is: it then sums to less than 1.
         """
         if tokens.shape[1] - begin <= self.config.steps:
             raise ConfigError(

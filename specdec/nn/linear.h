@@ -109,7 +109,7 @@ INLINE void tile(const int mt, const int nb, const int bytes, const input *x, in
             for (int m = 0; m < mt; m++) {
                 vec one = spread(x[m * ldx + i + j]);
 #pragma GCC unroll 8
-                for (int n = 0; n < nb; n++) sum[m][n] += one * weight[n];
+                for (int n = 0; n < nb; n++) sum[m][n] = fused(one, weight[n], sum[m][n]);
             }
         }
 #endif

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from specdec.machine import single_threaded
 from specdec.nn.cpu import (
     ATTEND,
     DOWN,
@@ -88,15 +89,11 @@ def _crossover(library: ctypes.CDLL, linear: nn.Linear) -> int | None:
     by = Linear(ours.data_ptr(), None, pad(linear.out_features), pad(linear.in_features, pair(weight.dtype)))
     x = torch.zeros(TRIED_TOKENS[-1], by.k, dtype=weight.dtype)
     out = torch.empty(len(x), by.n, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # then thread time is all of the work, and other programs cannot disturb the measurement
-    try:
+    with single_threaded():
         for tokens in TRIED_TOKENS:
             own = _seconds(partial(product, library, by, x[:tokens], out[:tokens]))
             if _seconds(partial(theirs, x[:tokens, : linear.in_features])) * CLEARLY_FASTER < own:
                 return tokens
-    finally:
-        torch.set_num_threads(threads)
     return None
 
 

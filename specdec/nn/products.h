@@ -16,7 +16,7 @@ INLINE vec one_of(const elem *x, int j) {
 #else
 #if defined(__AVX2__) /* GCC would shift before it spreads, or keep what it spread: too many instructions, or registers */
     bits all;
-    __asm__ volatile("vpbroadcastd %1, %0" : "=v"(all) : "m"(*(const uint32_t *)x), "i"(j));
+    __asm__ volatile("vpbroadcastd %1, %0" : "=v"(all) : "m"(*(const uint32_t *)x));
 #else
     uint32_t both;
     memcpy(&both, x, 4);

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -54,6 +54,16 @@ INLINE vec load(const elem *x) { return (vec)(__builtin_convertvector(*(const ha
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vec spread(float x) { return x - (vec){0}; }
+/* sum + a b, rounded once; left to themselves, compilers fuse it in some loops and not in others */
+INLINE vec fused(vec a, vec b, vec sum) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
+}
 INLINE vec choose(ints which, vec yes, vec no) { return (vec)((which & (ints)yes) | (~which & (ints)no)); }
 
 INLINE ints lanes_from(int64_t first) {

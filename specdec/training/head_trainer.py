@@ -43,8 +43,8 @@ class HeadSettings:
     """How to train a head. Budgets: ``max_tokens`` learned from, ``max_seconds``; 0 is no limit.
 
     Batches are ``rows`` of ``sequence_length`` tokens; 0 rows for few (``batch_rows``), which teaches most. on_policy: share
-    of the budget spent, at the end, on text of the target's own. evaluations: how often to decode on the way; the head that did best is kept. draft_tokens: how many
-    tokens drafts of these decodes have. clip: of the gradient's norm.
+    of the budget spent, at the end, on text of the target's own. evaluations: how often to decode on the way; the head
+    that did best is kept. draft_tokens: how many tokens drafts of these decodes have. clip: of the gradient's norm.
     """
 
     max_tokens: int = 0

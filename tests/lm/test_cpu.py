@@ -6,13 +6,16 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ragged import Checked, random_walk
 from torch import Tensor
 
+from specdec import Engine
 from specdec import compiled as compiler
+from specdec.drafters.model import ModelDrafter
 from specdec.errors import FallbackWarning, PromptError
 from specdec.lm.base import CachedLM
 from specdec.lm.cpu import MOST_TOKENS, CpuLM
@@ -27,9 +30,9 @@ from toys import tiny_gpt
 CONTEXT = 512
 
 
-def model(dtype: torch.dtype = torch.bfloat16) -> GPT:
+def model(dtype: torch.dtype = torch.bfloat16, heads: tuple[int, int] = (4, 2)) -> GPT:
     """A tiny GPT whose rotary frequencies stay float32, as ``load`` leaves them."""
-    gpt = tiny_gpt(0, context=CONTEXT)
+    gpt = tiny_gpt(0, context=CONTEXT, heads=heads)
     for weight in gpt.parameters():
         weight.data = weight.data.to(dtype)
     return gpt
@@ -50,9 +53,10 @@ def one_by_one(lm: CachedLM, tokens: Tensor) -> Tensor:
     return torch.stack(found)
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (4, 4), (7, 1)])  # a token's queries of a group are multiplied together
 @pytest.mark.parametrize("dtype", VARIANTS)
-def test_logits_are_the_same_bits_however_tokens_are_read(dtype: torch.dtype) -> None:
-    lm, tokens = CpuLM(model(dtype)), text(2 * BLOCK + 9)
+def test_logits_are_the_same_bits_however_tokens_are_read(dtype: torch.dtype, heads: tuple[int, int]) -> None:
+    lm, tokens = CpuLM(model(dtype, heads)), text(2 * BLOCK + 9)
     alone = one_by_one(lm, tokens)
 
     lm.reserve(3, CONTEXT)
@@ -86,6 +90,23 @@ def test_threads_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(cpu, "threads_for", lambda multiplications, threads=threads: threads)
         for read, expected in zip(passes, alone, strict=True):
             assert all(torch.equal(logits(*read), expected) for _ in range(20)), (threads, read)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}])
+def test_the_default_dtype_of_torch_changes_nothing(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    engine = Engine(CpuLM(model()), ModelDrafter(CpuLM(model(heads=(4, 4)))))
+
+    def found() -> list[list[list[int]]]:
+        given = {"max_new_tokens": 24, **settings}
+        return [engine.generate([[5, 9], [3]], num_draft_tokens=count, **given).token_ids for count in (0, 3)]
+
+    expected = found()
+    torch.set_default_dtype(dtype)
+    try:
+        assert found() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_the_other_decoder_does_not_give_the_same_bits() -> None:

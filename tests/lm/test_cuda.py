@@ -136,6 +136,39 @@ def test_any_number_of_rows() -> None:
     torch.testing.assert_close(logits[:, 0], torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
+@torch.inference_mode()
+def test_tapped_layers_are_those_of_torch() -> None:
+    found = []
+    for kind in (CudaLM, NativeLM):
+        lm = kind(tiny_gpt(0, layers=3).to(DEVICE))
+        lm.tap((0, 1))
+        lm.reserve(2, 20)
+        lm.fill(texts(9, 3))
+        found.append([lm.take_features(slot) for slot in range(2)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_head_reads_slices() -> None:
+    lm, hidden = CudaLM(tiny_gpt(0).to(DEVICE)), torch.randn(3, 4, 32, device=DEVICE)
+    for count in (1, 2):
+        part = hidden[:, :count]
+        torch.testing.assert_close(
+            lm.project(part), NativeLM(tiny_gpt(0).to(DEVICE)).project(part), rtol=1e-4, atol=1e-4
+        )
+
+
+@torch.inference_mode()
+def test_a_tree_behind_nothing() -> None:
+    lm = CudaLM(tiny_gpt(0).to(DEVICE))
+    lm.reserve(1, 20)
+    assert 7 not in SIZES, "so they are read beside padding"
+    logits = lm.append(torch.tensor([[5, 6, 7, 8, 9, 10, 11]]), parents=[[-1, 0, 0, 1, 2, 3, 4]])
+    expected = logits_of(tiny_gpt(0).to(DEVICE), [5, 6, 8])
+    torch.testing.assert_close(logits[0, [0, 1, 3]], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_models_without_kernels_are_refused() -> None:
     with pytest.raises(LookupError, match="no kernels for torch.float64"):
         CudaLM(tiny_gpt(0).to(DEVICE, torch.float64))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -235,6 +236,29 @@ def tiny_llama() -> PreTrainedModel:
 def test_bad_sources_are_said_at_the_door(given: Any, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         specdec.generate(t5(), given, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("t5", {}, "reads a source"),
+        ("t5", {"input_ids": torch.tensor([[4, 10**6]])}, "prompt 1 has token id 1000000"),
+        ("t5", {"input_ids": torch.empty(1, 0, dtype=torch.long)}, "prompt 1 is empty"),
+        ("whisper", {"input_features": torch.zeros(1, 3, 20)}, r"cannot encode input_features: \[1, 3, 20\]"),
+    ],
+)
+def test_a_bad_source_fails_alone(name: str, bad: dict[str, Tensor], message: str) -> None:
+    model = MODELS[name]()
+    given = prompts(name)
+    good = (
+        [{key: value[i : i + 1] for key, value in given.items()} for i in range(2)]
+        if isinstance(given, dict)
+        else [{"input_ids": torch.tensor([own])} for own in given[:2]]
+    )
+    output = specdec.generate(model, [good[0], bad, good[1]], max_new_tokens=NEW, on_error="return")
+    assert output.token_ids == [expected(name, model)[0], [], expected(name, model)[1]]
+    with pytest.raises(PromptError, match=message):
+        raise output.errors[1] or AssertionError("no error")
 
 
 def test_a_source_of_the_wrong_kind_is_refused() -> None:
