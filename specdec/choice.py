@@ -18,7 +18,7 @@ LEAST_LEFT = 32  # tokens that rows must have before them to be worth a try
 
 _WORTH = 1.05  # how much faster than plain decoding drafts must promise to be to begin
 _STILL_WORTH = 1.02  # and to go on
-_NEARLY, _NEARLY_IF_DEAR = 1.01, 1.03  # of two choices that differ less, the one made before is kept
+_NEARLY, _NEARLY_IF_COSTLY = 1.01, 1.03  # of two choices that differ less, the one made before is kept
 # Every so many decisions one that seems not much slower is made, if what it takes was not measured lately.
 _ASIDE, _ALMOST, _NOT_LATELY = 6, 1.12, 16
 # Steps in a row without one accepted token, at least, that are less likely than this if what is believed holds.
@@ -29,17 +29,17 @@ class Situation(NamedTuple):
     """What a choice depends on beside what passes cost.
 
     outlook of up to N tokens; left: tokens that a row may still get, on the mean; unread: tokens that a draft model must
-    read before it can draft, of all rows; care: seconds per drafted step that deciding takes; alone: seconds that a step
-    takes longer where not all guesses are a model's; is_dear: whether a decision takes a good share of a plain step;
+    read before it can draft, of all rows; upkeep: seconds per drafted step that deciding takes; alone: seconds that a step
+    takes longer where not all guesses are a model's; is_costly: whether a decision takes a good share of a plain step;
     is_restless: whether something is decided at every step.
     """
 
     outlook: Outlook
     left: float
     unread: int
-    care: float
+    upkeep: float
     alone: float
-    is_dear: bool
+    is_costly: bool
     is_restless: bool
 
 
@@ -106,11 +106,12 @@ class Chooser:
             return nothing
         most = most if known else min(most, PROBE_TOKENS)
         survival, total = survival[:, :most], most * rows
-        # What passes cost far beyond what was measured is but a guess; of what was not measured well the best is hoped.
+        # Twice what was measured at most: beyond that costs are but a guess.
         passes = self._costs.passes(rows, min(total, max(rows, 2 * known)) if known else total)
-        passes = passes if known else np.full_like(passes, passes[0])
+        if not known:  # assume that passes with drafts cost no more than plain ones: a try will tell
+            passes = np.full_like(passes, passes[0])
         drafts = self._costs.drafts(rows, most)
-        passes[1:] += given.care + given.alone * (not runs_model.all())
+        passes[1:] += given.upkeep + given.alone * (not runs_model.all())
         reading = self._costs.reading * given.unread / given.left if runs_model.any() else 0.0
         drafts[1:] += reading
         plain, best = float(passes[0]), self._best(given, survival, passes, drafts, before)
@@ -143,7 +144,7 @@ class Chooser:
         if plan is None or best.plan is not None and best.plan.seconds <= plan.seconds:
             return best
         kept = None if before.is_free else plans.like(*self.kept)
-        nearly = _NEARLY_IF_DEAR if given.is_dear else _NEARLY
+        nearly = _NEARLY_IF_COSTLY if given.is_costly else _NEARLY
         return _Best(plans, kept if kept is not None and kept.seconds < nearly * plan.seconds else plan, False)
 
     def _chosen(self, given: Situation, survival: Table, best: _Best, found: Choice) -> Choice:

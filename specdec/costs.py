@@ -163,10 +163,11 @@ class Costs:
         return curve[: most + 1].copy()
 
     def _fresh(self, cells: dict[int, Cell]) -> dict[float, float]:
-        """Seconds by tokens as they should be by now; without what was measured once or long ago, so that it is tried again.
+        """What passes, or drafts, of so many tokens should take by now, in seconds.
 
-        Where the machine seems slower than when a plain pass was measured, that one is not believed to be so too: if it is
-        not, drafts lose, and if it is, they only seem to, and it will be measured soon.
+        What was measured once or long ago is left out, so that it is tried again; the rest is scaled by how others measured
+        beside it have changed. A plain pass is scaled down but never up: taken for too slow, it would make losing drafts seem
+        to pay, while one taken for too fast is soon measured again.
         """
         drafted = [c for n, c in cells.items() if n and self._count - c.when < _OLD] or [
             c for n, c in cells.items() if n

@@ -104,8 +104,10 @@ class Outlook(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """What time is worth in accepted tokens per row: that of a model for each token that it drafts; and by how much longer
-    a step takes that must run alone, as guesses come from elsewhere, than one of several that a model drafts by itself.
+    """Costs in accepted tokens per row.
+
+    token: of a model's time for each token that it drafts; alone: of the time that a step takes longer whose guesses come
+    from elsewhere, as it cannot run with others in one call.
     """
 
     token: float = 0.0

@@ -31,8 +31,9 @@ from specdec.lm.base import CachedLM
 from specdec.occupied import occupied
 from specdec.output import Output, Piece
 from specdec.requests import Limits, Prompts, Settings, build_requests
+from specdec.rounds import Played
 from specdec.sequences import Request, Row, Sequences, Step
-from specdec.stats import Stats
+from specdec.stats import Stats, Stopwatch
 from specdec.text import TextStream, decode
 
 _KINDS = ("greedy", "sampled")
@@ -192,35 +193,42 @@ class Call:
 
     def _step(self) -> Iterator[Step]:
         """One round, or several where nobody has to look in between."""
-        sequences, drafter = self.sequences, self.drafter
-        sequences.begin_step()
+        self.sequences.begin_step()
         lengths, rounds = self._choose()
-        watch, before, prepared = Stopwatch(), _model_seconds(drafter), Graphs.preparations
-        played = self.engine.ahead.play(sequences, drafter, lengths, rounds, self.settings.rule_name)
-        if played is None:
-            step, proposing = self._single(lengths)
-            # A GPU drafts while the host goes on: what it took is known by now. Lookups count as part of the step.
-            drafting = _model_seconds(drafter) - before
-            step = replace(step, is_first=Graphs.preparations > prepared)
-            tell(drafter, [step])
-            self._observe([step], max(drafting, proposing) if drafting > 0 else 0.0, watch.lap())
-            yield step
+        watch, before, prepared = Stopwatch(), _model_seconds(self.drafter), Graphs.preparations
+        played = self.engine.ahead.play(self.sequences, self.drafter, lengths, rounds, self.settings.rule_name)
+        if played is not None:
+            yield from self._enter(played, any(lengths), Graphs.preparations > prepared, watch, before)
             return
-        is_first = Graphs.preparations > prepared
-        passes = 1 if any(lengths) else len(played.tokens)
-        played = played if any(lengths) else played.at_once()
+        step, proposing = self._single(lengths)
+        # A GPU drafts while the host goes on: what it took is known by now. Lookups count as part of the step.
+        drafting = _model_seconds(self.drafter) - before
+        step = replace(step, is_first=Graphs.preparations > prepared)
+        tell(self.drafter, [step])
+        self._observe([step], max(drafting, proposing) if drafting > 0 else 0.0, watch.lap())
+        yield step
+
+    def _enter(
+        self, played: Played, drafts: bool, is_first: bool, watch: Stopwatch, drafted_before: float
+    ) -> Iterator[Step]:
+        """Enter rounds that were played, one after the other; those without drafts are one step of several passes.
+
+        watch runs since before they were played; drafted_before: what the drafter had spent in a model by then.
+        """
+        passes = 1 if drafts else len(played.tokens)
+        played = played if drafts else played.at_once()
         steps: list[Step] = []
         seconds = played.seconds - played.beginning  # without those of whoever takes the steps
         overhead, settled = watch.lap() - seconds, seconds / played.seconds
-        for given in zip(*played[:3], strict=True):
-            steps.append(sequences.enter(*given, passes, is_first))
+        for tokens, drafted, accepted in played.rounds():
+            steps.append(self.sequences.enter(tokens, drafted, accepted, passes, is_first))
             if len(steps) == 1:  # all that was guessed in a text was guessed for this one
-                tell(drafter, steps)
+                tell(self.drafter, steps)
             elif len(steps) == len(played.tokens):
-                tell(drafter, steps[1:])
+                tell(self.drafter, steps[1:])
             seconds += watch.lap()
             if len(steps) == len(played.tokens):
-                self._observe(steps, settled * (_model_seconds(drafter) - before), seconds, overhead)
+                self._observe(steps, settled * (_model_seconds(self.drafter) - drafted_before), seconds, overhead)
             yield steps[-1]
             watch.lap()
 
@@ -382,16 +390,3 @@ class Call:
 def _model_seconds(drafter: Drafter | None) -> float:
     """What the drafter has spent in a model so far; 0 if it runs none."""
     return getattr(drafter, "forward_seconds", 0.0)
-
-
-class Stopwatch:
-    """Seconds since it was last asked."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last call, or since it was made."""
-        now = time.perf_counter()
-        passed, self._last = now - self._last, now
-        return passed

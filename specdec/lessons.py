@@ -9,7 +9,7 @@ from specdec.choice import Choice
 from specdec.costs import Costs
 from specdec.experience import Experience
 from specdec.ledger import Ledger, Streak, Timed
-from specdec.pacing import Thought
+from specdec.pacing import DecisionCost
 from specdec.sequences import Row, Step
 
 _LEAST_READ = 32  # unread tokens that say what reading costs
@@ -32,7 +32,7 @@ class Lessons:
 
     def __init__(self, costs: Costs) -> None:
         self.costs, self.ledger = costs, Ledger(costs)
-        self.experience, self.thought = Experience.of_positions(), Thought()
+        self.experience, self.deciding = Experience.of_positions(), DecisionCost()
         self.since = self.since_settled = 0
         self._streak = Streak()
         self._spell: list[Timed] = []  # steps of the same rows and the same choice, of which nothing was learned yet
@@ -85,7 +85,7 @@ class Lessons:
         by_model = sum(timed.draft_seconds for timed in spell) > 0
         is_try = self.drafts and (choice.is_try or by_model and (choice.is_free or not choice.drafts))
         count = sum(len(timed.steps) for timed in spell)
-        deciding = self.thought.spread(count if self.drafts and not is_try else 0)
+        deciding = self.deciding.spread(count if self.drafts and not is_try else 0)
         self.ledger.enter(spell, is_try=is_try, deciding=deciding)
         return Learned(is_try, by_model, sum(timed.passes for timed in spell))
 
@@ -110,7 +110,7 @@ class Lessons:
         if width:
             self.since_settled += count
             if not draft_seconds and self.costs.knows(rows, drafted):
-                self.thought.count_alone(seconds - float(self.costs.passes(rows, drafted)[drafted]))
+                self.deciding.count_alone(seconds - float(self.costs.passes(rows, drafted)[drafted]))
         else:
             if is_settled or not self.costs.knows(rows, 0):
                 self.since_settled = 0

@@ -1,71 +1,78 @@
-"""How often it is decided: seldom where deciding takes long beside a step, and where drafts do not pay."""
+"""How often draft lengths are chosen anew: seldom where choosing takes long beside a step, or where drafts do not pay."""
 
 from __future__ import annotations
 
-_CARED, _ALONE = 0.02, 0.1  # weight of the latest step in what deciding takes per step, and in what one alone takes
-LONGEST_STAY, _LONG = 128, 32  # steps that a choice is kept at most, and that say what deciding takes in the long run
-_DEAR = 0.05  # share of a plain step that a decision takes, from which it is dear
+LONGEST_STAY = 128  # steps for which a choice is kept at most
+_COSTLY = 0.05  # plain steps that one decision takes, from which deciding is costly
 
-# Plain passes that follow the first one after it was found best; twice as many each time again, all together powers of two.
-_REST, _LONGEST_REST = 3, 63
-_LONGEST_DOZE = 31  # the longest where a look at the text may change the verdict at any token
-_MOST_REST, _CARE = 1023, 0.005  # the longest where deciding takes more than that share of the rest
-# The first one where deciding is dear: that share of it goes into deciding, less where drafts promised less than _FAR.
-_FIRST_CARE, _CLEAR_CARE, _FAR = 0.2, 0.02, 0.8
+# Weights of the latest measurement in running means.
+_NEW_UPKEEP, _NEW_ALONE = 0.02, 0.1
+_MANY = 32  # drafted steps together, from which they say what deciding takes in the long run
+
+# Plain passes before drafts are considered again: about twice as many each time, 2 ** n - 1, so that with the pass that
+# follows calls of compiled rounds are powers of two.
+_FIRST_WAIT, _LONGEST_WAIT = 3, 63
+_LONGEST_WATCHFUL = 31  # where the drafter looks at the text, and any token may change the verdict
+_LONGEST_COSTLY = 1023  # where a decision takes more than _SHARE of the wait
+_SHARE = 0.005
+# Where deciding is costly the first wait is as long as keeps it to that share; longer where drafts promised less than _FAR
+# of plain decoding.
+_FIRST_SHARE, _FIRST_SHARE_FAR, _FAR = 0.2, 0.02, 0.8
 
 
-class Thought:
-    """What it takes to decide and to learn, and to begin rounds as chosen.
+class DecisionCost:
+    """What choosing draft lengths takes, and learning from steps.
 
-    share: plain steps whose time a decision takes; care: seconds per drafted step where a choice is kept for long.
+    share: one decision, in plain steps; upkeep: seconds per drafted step, where a choice is kept for long.
     """
 
     def __init__(self) -> None:
-        self.share = self.care = self._alone = 0.0
+        self.share = self.upkeep = self._alone = 0.0
         self._seconds = 0.0  # since anything was learned
 
     @property
-    def is_dear(self) -> bool:
-        """Whether deciding takes a good share of a plain step."""
-        return self.share > _DEAR
-
-    def add(self, seconds: float) -> None:
-        """It took as long as that."""
-        self._seconds += seconds
+    def is_costly(self) -> bool:
+        """Whether a decision takes a good share of a plain step."""
+        return self.share > _COSTLY
 
     @property
     def alone(self) -> float:
-        """By how many seconds longer a step takes that does not run with others."""
+        """Seconds that a step takes longer which does not run with others in one call of compiled rounds."""
         return max(0.0, self._alone)
+
+    def add(self, seconds: float) -> None:
+        """Deciding, or learning, took so long."""
+        self._seconds += seconds
 
     def count_alone(self, seconds: float) -> None:
         """A step that ran alone took so much longer."""
-        self._alone += _ALONE * (seconds - self._alone)
+        self._alone += _NEW_ALONE * (seconds - self._alone)
 
     def spread(self, drafted_steps: int) -> float:
-        """Something was learned from so many steps that drafted as chosen, or from others (0): what was taken since."""
-        if drafted_steps >= _LONG:  # while lengths are tried it takes more
-            fades = (1 - _CARED) ** drafted_steps
-            self.care = fades * self.care + (1 - fades) * self._seconds / max(drafted_steps, LONGEST_STAY)
+        """The seconds added since the last time, over so many steps that drafted as chosen; 0 for steps of other kinds."""
+        if drafted_steps >= _MANY:  # fewer are those in which lengths are tried, which takes more
+            fades = (1 - _NEW_UPKEEP) ** drafted_steps
+            self.upkeep = fades * self.upkeep + (1 - fades) * self._seconds / max(drafted_steps, LONGEST_STAY)
         taken, self._seconds = self._seconds, 0.0
         return taken
 
 
-class Rest:
-    """Plain passes in which nothing is thought about, ``left`` of them: more each time again that drafts do not pay."""
+class PlainBackoff:
+    """Plain passes before drafts are considered again, ``left`` of them; more each time that they do not pay."""
 
     def __init__(self) -> None:
         self.left = 0
-        self._next = _REST
+        self._next = _FIRST_WAIT
 
-    def begin(self, thought: Thought, promise: float, most: int | None, *, may_change: bool) -> None:
-        """Drafts promise so much of what plain decoding brings. ``may_change``: with any token that comes.
+    def begin(self, deciding: DecisionCost, promise: float, most: int | None, *, may_change: bool) -> None:
+        """Drafts promise the share ``promise`` of what plain decoding brings, so wait.
 
-        ``most``: until rows end that have too little before them to say anything of others.
+        may_change: any token of the text may change that; most: passes until rows end that have so few before them that
+        the wait says nothing of others, else None.
         """
-        longest = _LONGEST_DOZE if may_change and not thought.is_dear else _LONGEST_REST
-        longest = max(longest, min(int(thought.share / _CARE), _MOST_REST))
-        first = int(thought.share / (_CLEAR_CARE if promise < _FAR else _FIRST_CARE))
+        longest = _LONGEST_WATCHFUL if may_change and not deciding.is_costly else _LONGEST_WAIT
+        longest = max(longest, min(int(deciding.share / _SHARE), _LONGEST_COSTLY))
+        first = int(deciding.share / (_FIRST_SHARE_FAR if promise < _FAR else _FIRST_SHARE))
         self.left = max(self._next, min(first, longest))
         if most is not None:
             self.left = min(self.left, most)
@@ -77,5 +84,5 @@ class Rest:
         self.left = max(0, self.left - passes)
 
     def end(self) -> None:
-        """Drafts are made again; the next one is short."""
-        self.left, self._next = 0, _REST
+        """Drafts are made again; the next wait is short."""
+        self.left, self._next = 0, _FIRST_WAIT

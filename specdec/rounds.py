@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import Structure, c_double, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -66,6 +66,10 @@ class Played(NamedTuple):
     accepted: list[list[int]]
     seconds: float
     beginning: float = 0.0
+
+    def rounds(self) -> Iterator[tuple[list[list[int]], list[int], list[int]]]:
+        """Tokens, drafted and accepted of one round after the other."""
+        return zip(self.tokens, self.drafted, self.accepted, strict=True)
 
     def at_once(self) -> Played:
         """All of them as one, in which nothing was drafted."""

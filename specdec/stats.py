@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from io import StringIO
@@ -152,3 +153,16 @@ class Stats:
             ("draft lengths", str(self.control)),
             ("seconds", f"{self.total_seconds:.2f} ({seconds})"),
         ]
+
+
+class Stopwatch:
+    """Seconds since it was last asked."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since it was made."""
+        now = time.perf_counter()
+        passed, self._last = now - self._last, now
+        return passed

@@ -232,7 +232,7 @@ def test_drafts_that_cost_nothing_are_made_where_a_models_do_not_pay() -> None:
     alone = World(rows=2)
     alone.controller = Adaptive(Costs.from_dict(costs.as_dict()))
     alone.controller.costs.count_pass(2, 0, 1.0)
-    alone.controller._thought.count_alone(
+    alone.controller._deciding.count_alone(
         100.0
     )  # a step with lookups cannot run with others, which takes as long as that
     assert alone.controller.choose(alone.sequences, Both()) == [0, 0]  # type: ignore[arg-type]
