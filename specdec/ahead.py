@@ -52,10 +52,10 @@ class Ahead:
             if found is None or most < 2:
                 return None
             unread = found
-        seeds, starts = sequences.keys_here
+        seeds, text_lengths = sequences.keys_here
         asked = Rounds(
             [row.tokens[-count:] for row, count in zip(sequences.rows, unread, strict=True)], lengths, limits, most,
-            sequences.vocab_size, sequences.end_ids, rule, temperatures, seeds, starts,
+            sequences.vocab_size, sequences.end_ids, rule, temperatures, seeds, text_lengths,
         )  # fmt: skip
         played = self._target.play(asked, None if model is None else model.lm)
         return played if played is not None and played.tokens else None

@@ -43,10 +43,10 @@ static double uniform_of(uint64_t key, int64_t place) {
 }
 
 /* out [2, rows, count]: of each row's keys for accepting and for drafting */
-void uniforms(int64_t rows, int64_t count, const int64_t *seeds, const int64_t *starts, double *out) {
+void uniforms(int64_t rows, int64_t count, const int64_t *seeds, const int64_t *text_lengths, double *out) {
     for (int64_t purpose = ACCEPT; purpose <= DRAFT; purpose++)
         for (int64_t b = 0; b < rows; b++, out += count) {
-            uint64_t key = key_of(seeds[b], purpose, starts[b]);
+            uint64_t key = key_of(seeds[b], purpose, text_lengths[b]);
             for (int64_t j = 0; j < count; j++) out[j] = uniform_of(key, j);
         }
 }
@@ -137,10 +137,10 @@ static int64_t race_of_law(const float *law, int64_t vocabulary, uint64_t key) {
 /* A token of each row's law, number `place` of those drafted in this step. laws: rows `stride` apart. With `races` it is
    the one that the target's noise at its position prefers. */
 int64_t draw(int64_t rows, int64_t vocabulary, const float *laws, int64_t stride, const int64_t *seeds,
-             const int64_t *starts, int64_t place, int64_t races, int64_t *tokens) {
+             const int64_t *text_lengths, int64_t place, int64_t races, int64_t *tokens) {
     for (int64_t b = 0; b < rows; b++, laws += stride) {
-        tokens[b] = races ? race_of_law(laws, vocabulary, key_of(seeds[b], TARGET, starts[b] + place))
-                          : inverted(laws, vocabulary, uniform_of(key_of(seeds[b], DRAFT, starts[b]), place));
+        tokens[b] = races ? race_of_law(laws, vocabulary, key_of(seeds[b], TARGET, text_lengths[b] + place))
+                          : inverted(laws, vocabulary, uniform_of(key_of(seeds[b], DRAFT, text_lengths[b]), place));
         if (tokens[b] < 0) return 0;
     }
     return 1;
@@ -270,7 +270,7 @@ static int64_t soften(const float *logits, float temperature, int64_t vocabulary
 typedef struct {
     int64_t count, races;
     const float *temperatures;
-    const int64_t *seeds, *starts;
+    const int64_t *seeds, *text_lengths;
     float *laws;
 } Drafting;
 
@@ -281,7 +281,7 @@ int64_t choose_drawn(const Drafting *drafting, int64_t place, int64_t rows, int6
     int64_t apart = drafting->count * vocabulary;
     for (int64_t b = 0; b < rows; b++)
         if (!soften(logits + b * stride, drafting->temperatures[b], vocabulary, laws + b * apart)) return 0;
-    return draw(rows, vocabulary, laws, apart, drafting->seeds, drafting->starts, place, drafting->races, tokens);
+    return draw(rows, vocabulary, laws, apart, drafting->seeds, drafting->text_lengths, place, drafting->races, tokens);
 }
 
 /* found [2, rows]: how many drafted tokens [rows, drafted] are the `largest` [rows, drafted + 1], and the one after them */
@@ -315,9 +315,9 @@ static int64_t judge(int64_t rule, const Row *row, int64_t *accepted, int64_t *n
 
 /* found [2, rows]: accepted, next. target [rows, drafted + 1, vocabulary], draft [rows, drafted, vocabulary] or NULL */
 int64_t verdict(int64_t rule, int64_t rows, int64_t drafted, int64_t vocabulary, const float *target, const float *draft,
-                const int64_t *tokens, const int64_t *lengths, const int64_t *seeds, const int64_t *starts, int64_t *found) {
+                const int64_t *tokens, const int64_t *lengths, const int64_t *seeds, const int64_t *text_lengths, int64_t *found) {
     for (int64_t b = 0; b < rows; b++) {
-        Row row = {vocabulary, lengths[b], seeds[b], starts[b], target + b * (drafted + 1) * vocabulary,
+        Row row = {vocabulary, lengths[b], seeds[b], text_lengths[b], target + b * (drafted + 1) * vocabulary,
                    draft ? draft + b * drafted * vocabulary : 0, tokens + b * drafted};
         if (row.length < 0 || row.length > drafted || row.length > MOST) return 0;
         for (int64_t i = 0; i < row.length; i++)

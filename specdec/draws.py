@@ -40,50 +40,55 @@ class _Drafting(Structure):
     """As in draws.c."""
 
     _fields_ = [*((name, c_int64) for name in ("count", "races")),
-                *((name, c_void_p) for name in ("temperatures", "seeds", "starts", "laws"))]  # fmt: skip
+                *((name, c_void_p) for name in ("temperatures", "seeds", "text_lengths", "laws"))]  # fmt: skip
 
 
 class Drawing:
     """How a draft model draws what it goes on with: of the softmax of its logits / temperature, row by row.
 
-    temperatures (float32), seeds and starts [B], on the processor; the laws go into ``laws`` [B, K, V]. ``coupled``: with
-    the noise of the target's draws. Where ``laws`` are on the processor too, ``function`` and ``asked`` are addresses of a
+    temperatures (float32), seeds and text_lengths [B], on the processor; the laws go into ``laws`` [B, K, V].
+    ``coupled``: with the noise of the target's draws. Where ``laws`` are on the processor too, ``function`` and ``asked`` are addresses of a
     ``Choose`` of nn/cpu.c and of what it wants to know; None elsewhere.
     """
 
     def __init__(
-        self, temperatures: Sequence[float], seeds: Tensor, starts: Tensor, laws: Tensor, *, coupled: bool
+        self, temperatures: Sequence[float], seeds: Tensor, text_lengths: Tensor, laws: Tensor, *, coupled: bool
     ) -> None:
         self.temperatures = torch.tensor(temperatures, dtype=torch.float32)
-        self.seeds, self.starts, self.laws, self.coupled = seeds.contiguous(), starts.contiguous(), laws, coupled
+        self.seeds, self.text_lengths, self.laws, self.coupled = (
+            seeds.contiguous(),
+            text_lengths.contiguous(),
+            laws,
+            coupled,
+        )
         self.function: int | None = None
         self.asked: int | None = None
         if laws.is_cpu and (compiled := library()) is not None:
-            given = self.temperatures, self.seeds, self.starts, laws
+            given = self.temperatures, self.seeds, self.text_lengths, laws
             self._described = _Drafting(laws.shape[1], coupled, *(part.data_ptr() for part in given))
             self.function = ctypes.cast(compiled.choose_drawn, c_void_p).value
             self.asked = ctypes.addressof(self._described)
 
 
-def uniforms(seeds: Tensor, starts: Tensor, count: int) -> Tensor | None:
-    """Uniforms [2, B, count] of rows with ``seeds`` and ``starts`` [B]: those that accept, and those that draft."""
+def uniforms(seeds: Tensor, text_lengths: Tensor, count: int) -> Tensor | None:
+    """Uniforms [2, B, count] of rows with ``seeds`` and ``text_lengths`` [B]: those that accept, and those that draft."""
     if not seeds.is_cpu or (compiled := library()) is None:
         return None
-    seeds, starts = seeds.contiguous(), starts.contiguous()
+    seeds, text_lengths = seeds.contiguous(), text_lengths.contiguous()
     rows = seeds.shape[0]
     out = torch.empty(2, rows, count, dtype=torch.float64)
-    compiled.uniforms(rows, count, seeds.data_ptr(), starts.data_ptr(), out.data_ptr())
+    compiled.uniforms(rows, count, seeds.data_ptr(), text_lengths.data_ptr(), out.data_ptr())
     return out
 
 
-def draw(laws: Tensor, seeds: Tensor, starts: Tensor, place: int, *, coupled: bool) -> Tensor | None:
+def draw(laws: Tensor, seeds: Tensor, text_lengths: Tensor, place: int, *, coupled: bool) -> Tensor | None:
     """Tokens [B, 1], number ``place`` of those drafted in a step, drawn from their laws [B, 1, V]."""
     if not laws.is_cpu or laws.dtype != torch.float32 or laws.stride(2) != 1 or (compiled := library()) is None:
         return None
-    seeds, starts = seeds.contiguous(), starts.contiguous()
+    seeds, text_lengths = seeds.contiguous(), text_lengths.contiguous()
     rows, _, vocab_size = laws.shape
     tokens = torch.empty(rows, 1, dtype=torch.long)
-    pointers = seeds.data_ptr(), starts.data_ptr(), place, coupled, tokens.data_ptr()
+    pointers = seeds.data_ptr(), text_lengths.data_ptr(), place, coupled, tokens.data_ptr()
     is_sure = compiled.draw(rows, vocab_size, laws.data_ptr(), laws.stride(0), *pointers)
     return tokens if is_sure else None
 
@@ -95,7 +100,7 @@ def verdict(
     lengths: Tensor,
     probs: Tensor | None,
     seeds: Tensor,
-    starts: Tensor,
+    text_lengths: Tensor,
 ) -> tuple[Tensor, Tensor] | None:
     """Accepted [B] and next_token [B] of a rule; arguments as those of a ``Draft``."""
     rows, positions, vocab_size = target_probs.shape
@@ -106,7 +111,7 @@ def verdict(
     if probs is not None and (probs.shape != (*tokens.shape, vocab_size) or probs.dtype != torch.float32):
         return None
     given = [target_probs.contiguous(), None if probs is None else probs.contiguous()]
-    given += [part.contiguous() for part in (tokens, lengths, seeds, starts)]
+    given += [part.contiguous() for part in (tokens, lengths, seeds, text_lengths)]
     found = torch.empty(2, rows, dtype=torch.long)
     pointers = [0 if part is None else part.data_ptr() for part in (*given, found)]
     is_sure = compiled.verdict(RULES[rule], rows, positions - 1, vocab_size, *pointers)

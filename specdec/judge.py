@@ -62,10 +62,10 @@ def _drawn(
     tokens: Tensor,
     lengths: Tensor,
     seeds: Tensor,
-    starts: Tensor,
+    text_lengths: Tensor,
     probs: Tensor | None = None,
 ) -> Results:
     """The same of rows that draw."""
     target_laws = law(scores, by)
-    verdict = rule(target_laws, Draft(tokens, lengths, probs), Randomness(seeds, starts, coupled=coupled))
+    verdict = rule(target_laws, Draft(tokens, lengths, probs), Randomness(seeds, text_lengths, coupled=coupled))
     return verdict.accepted, verdict.next_token, is_law(target_laws).all(-1)

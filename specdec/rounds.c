@@ -41,7 +41,7 @@ typedef struct {
     int64_t stop_count, rule;
     const float *temperatures; /* [rows]; NULL: the likeliest tokens */
     const int64_t *seeds;      /* [rows] */
-    int64_t *starts;           /* [rows]: lengths of the texts */
+    int64_t *text_lengths;           /* [rows]: lengths of the texts */
     float *target_laws, *draft_laws; /* [rows, K + 1, vocabulary] and [rows, K, vocabulary] */
     double *seconds;           /* [most]: what each round took */
 } Rounds;
@@ -95,7 +95,7 @@ static void hold(Reader *target, const Rounds *r, const int64_t *accepted, int64
 /* Draft behind every row's text; 0 where torch must draw something. */
 static int64_t propose(Reader *draft, const Reader *target, const Rounds *r, int64_t drafted) {
     int64_t begins[r->rows], chosen[r->rows * drafted];
-    Drafting asked = {r->drafted, r->rule == COUPLED, r->temperatures, r->seeds, r->starts, r->draft_laws};
+    Drafting asked = {r->drafted, r->rule == COUPLED, r->temperatures, r->seeds, r->text_lengths, r->draft_laws};
     for (int64_t b = 0; b < r->rows; b++) begins[b] = r->ends[b] - r->unread[b];
     lay_out(draft, r, begins, r->unread);
     if (draft->fuse) give(draft, target, r);
@@ -121,7 +121,7 @@ static int64_t decide(const Rounds *r, int64_t b, int64_t proposed, const float 
     for (int64_t i = 0; i <= proposed; i++)
         if (!soften(logits + i * width, r->temperatures[b], r->vocabulary, laws + i * r->vocabulary)) return 0;
     const float *draft_laws = r->draft_laws + b * r->drafted * r->vocabulary;
-    Row row = {r->vocabulary, proposed, r->seeds[b], r->starts[b], laws, draft_laws, tokens};
+    Row row = {r->vocabulary, proposed, r->seeds[b], r->text_lengths[b], laws, draft_laws, tokens};
     return judge(proposed ? r->rule : COUPLED, &row, accepted, next);
 }
 
@@ -139,7 +139,7 @@ static int64_t enter(Reader *target, Reader *draft, Rounds *r, int64_t drafted, 
         int64_t count = accepted[b] + 1, *text = r->texts + b * r->stride + r->ends[b];
         text[accepted[b]] = next[b];
         for (int64_t i = 0; i < count; i++) ended |= is_stop(r, text[i]);
-        r->ends[b] += count, r->starts[b] += count, r->limits[b] -= count, target->lengths[b] += count;
+        r->ends[b] += count, r->text_lengths[b] += count, r->limits[b] -= count, target->lengths[b] += count;
         ended |= r->limits[b] < 0;
         r->unread[b] += count;
         if (!drafted) continue;

@@ -34,7 +34,7 @@ class Rounds:
     texts: ends of the rows' texts, the last token at least and all that the draft model has not read. proposed: tokens
     drafted for each row; 0 for all is plain decoding. limits: the most that may still be, before a row's end; the round
     that passes one of them is the last, as is one with any of ``stops``. ids below ``vocab_size`` are drawn, by the rows'
-    temperatures (None: the likeliest), seeds [B] and lengths ``starts`` [B].
+    temperatures (None: the likeliest), seeds [B] and lengths ``text_lengths`` [B].
     """
 
     texts: Sequence[Sequence[int]]
@@ -46,7 +46,7 @@ class Rounds:
     rule: str
     temperatures: Sequence[float] | None
     seeds: Tensor
-    starts: Tensor
+    text_lengths: Tensor
 
     @property
     def drafted(self) -> int:
@@ -98,7 +98,7 @@ class _Rounds(Structure):
                 ("limits", c_void_p), ("vocabulary", c_int64), ("texts", c_void_p), ("stride", c_int64),
                 *((name, c_void_p) for name in ("ends", "unread", "accepted", "stops")),
                 *((name, c_int64) for name in ("stop_count", "rule")),
-                *((name, c_void_p) for name in ("temperatures", "seeds", "starts")),
+                *((name, c_void_p) for name in ("temperatures", "seeds", "text_lengths")),
                 *((name, c_void_p) for name in ("target_laws", "draft_laws", "seconds"))]  # fmt: skip
 
 
@@ -123,10 +123,10 @@ def play(asked: Rounds, target: Reader, draft: Reader | None, unread: Sequence[i
     given = [
         _integers(one)
         for one in (
-            asked.proposed, asked.limits, begun, unread, asked.stops, asked.seeds.numpy(), asked.starts.numpy()
+            asked.proposed, asked.limits, begun, unread, asked.stops, asked.seeds.numpy(), asked.text_lengths.numpy()
         )
     ]  # fmt: skip
-    proposed, limits, ends, left, stops, seeds, starts = (one.ctypes.data for one in given)
+    proposed, limits, ends, left, stops, seeds, text_lengths = (one.ctypes.data for one in given)
     floats = [np.empty(0, dtype=np.float32)] * 3
     if asked.temperatures is not None:
         laws = (np.empty(rows * count * asked.vocab_size, dtype=np.float32) for count in (drafted + 1, drafted))
@@ -136,7 +136,7 @@ def play(asked: Rounds, target: Reader, draft: Reader | None, unread: Sequence[i
     described = _Rounds(
         rows, asked.most, drafted, proposed, limits, asked.vocab_size, texts.ctypes.data, stride, ends, left,
         accepted.ctypes.data, stops, len(asked.stops), draws.RULES[asked.rule],
-        None if asked.temperatures is None else temperatures, seeds, starts, *laws_at, taken.ctypes.data,
+        None if asked.temperatures is None else temperatures, seeds, text_lengths, *laws_at, taken.ctypes.data,
     )  # fmt: skip
     other = Reader() if draft is None else draft
     started = time.perf_counter()

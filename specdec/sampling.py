@@ -258,7 +258,7 @@ def _uniforms(key: Tensor, count: int) -> Tensor:
 class Randomness:
     """The random numbers of B rows in one step, on ``device``.
 
-    seeds [B] and starts [B] (the rows' lengths before the step) are int64. ``coupled`` drafters draw with the
+    seeds [B] and text_lengths [B] (the rows' lengths before the step) are int64. ``coupled`` drafters draw with the
     target's own noise. ``constant`` says that every law is one-hot, so no number can matter and none is computed.
 
     Acceptance and draft numbers are keyed by the step's start and not by the position they speak of: a position may
@@ -268,7 +268,7 @@ class Randomness:
     """
 
     seeds: Tensor
-    starts: Tensor
+    text_lengths: Tensor
     coupled: bool = False
     constant: bool = False
 
@@ -279,10 +279,10 @@ class Randomness:
         return self._accept_and_draft[0, :, :count]
 
     def target(self, offsets: Tensor, vocab_size: int) -> Tensor:
-        """Exp(1) noise [..., V] for the target's draws at ``starts + offsets``; offsets [B] or [B, n]."""
+        """Exp(1) noise [..., V] for the target's draws at ``text_lengths + offsets``; offsets [B] or [B, n]."""
         if self.constant:
             return torch.ones(1, device=self.seeds.device)
-        keys = self._key(_TARGET, self.starts.view(-1, *[1] * (offsets.dim() - 1)) + offsets)
+        keys = self._key(_TARGET, self.text_lengths.view(-1, *[1] * (offsets.dim() - 1)) + offsets)
         return _uniforms(keys, vocab_size).log_().neg_().float()
 
     def branches(self, level: int, count: int, vocab_size: int) -> Tensor:
@@ -290,7 +290,7 @@ class Randomness:
         if self.constant:
             return torch.ones(1, device=self.seeds.device)
         nodes = 1 + level * MAX_DRAFT_TOKENS + torch.arange(count, device=self.seeds.device)
-        keys = _mix(self._key(_BRANCH, self.starts).unsqueeze(1) + nodes * _GOLDEN)
+        keys = _mix(self._key(_BRANCH, self.text_lengths).unsqueeze(1) + nodes * _GOLDEN)
         return _uniforms(keys, vocab_size).log_().neg_().float()
 
     def draft(self, offset: int, draft_law: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ class Randomness:
         """
         if self.constant:
             return draft_law.argmax(-1)
-        drawn = draws.draw(draft_law, self.seeds, self.starts, offset, coupled=self.coupled)
+        drawn = draws.draw(draft_law, self.seeds, self.text_lengths, offset, coupled=self.coupled)
         if drawn is not None:
             return drawn
         if self.coupled:
@@ -311,10 +311,10 @@ class Randomness:
     @cached_property
     def _accept_and_draft(self) -> Tensor:
         """Uniforms [2, B, MAX_DRAFT_TOKENS]; made together, because launching tiny operations is what they cost."""
-        made = draws.uniforms(self.seeds, self.starts, MAX_DRAFT_TOKENS)
+        made = draws.uniforms(self.seeds, self.text_lengths, MAX_DRAFT_TOKENS)
         if made is not None:
             return made
-        keys = torch.stack([self._key(_ACCEPT, self.starts), self._key(_DRAFT, self.starts)])
+        keys = torch.stack([self._key(_ACCEPT, self.text_lengths), self._key(_DRAFT, self.text_lengths)])
         return _uniforms(keys, MAX_DRAFT_TOKENS)
 
     def _key(self, purpose: int, positions: Tensor) -> Tensor:

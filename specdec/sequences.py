@@ -185,8 +185,8 @@ class Sequences:
     def randomness(self) -> Randomness:
         """The step's random numbers."""
         if self._randomness is None:
-            _, seeds, starts = self._on_device()
-            self._randomness = Randomness(seeds, starts, coupled=self.coupled, constant=self.greedy)
+            _, seeds, text_lengths = self._on_device()
+            self._randomness = Randomness(seeds, text_lengths, coupled=self.coupled, constant=self.greedy)
         return self._randomness
 
     def _on_device(self) -> Tensor:

@@ -40,7 +40,7 @@ def _compiled_first(rule: Rule) -> Rule:
     @wraps(rule)
     def judge(target_probs: Tensor, draft: Draft, randomness: Randomness) -> Verdict:
         if isinstance(randomness, Randomness) and not randomness.constant:
-            given = (draft.tokens, draft.lengths, draft.probs, randomness.seeds, randomness.starts)
+            given = (draft.tokens, draft.lengths, draft.probs, randomness.seeds, randomness.text_lengths)
             found = draws.verdict(rule.__name__, target_probs, *given)
             if found is not None:
                 return Verdict(*found)

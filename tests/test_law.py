@@ -256,7 +256,7 @@ def reused_within_a_step(self: Randomness, count: int) -> Tensor:
 
 def reused_between_steps(self: Randomness, count: int) -> Tensor:
     """Keyed by the position a number speaks of: a position drafted again meets the number it met before."""
-    again = [_accept(Randomness(self.seeds, self.starts + i), 1) for i in range(count)]
+    again = [_accept(Randomness(self.seeds, self.text_lengths + i), 1) for i in range(count)]
     return torch.cat(again, dim=1) if again else _accept(self, 0)
 
 

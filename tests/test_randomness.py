@@ -26,20 +26,20 @@ from toys import TableLM, random_table
 
 ALPHA = 1e-6
 VOCAB = 6
-Numbers = Callable[[Tensor, Tensor], Tensor]  # seeds, starts -> numbers [B, 8]
+Numbers = Callable[[Tensor, Tensor], Tensor]  # seeds, text_lengths -> numbers [B, 8]
 
 
-def accept(seeds: Tensor, starts: Tensor) -> Tensor:
-    return Randomness(seeds, starts).accept(8)
+def accept(seeds: Tensor, text_lengths: Tensor) -> Tensor:
+    return Randomness(seeds, text_lengths).accept(8)
 
 
-def target(seeds: Tensor, starts: Tensor) -> Tensor:
-    return torch.exp(-Randomness(seeds, starts).target(torch.zeros_like(seeds), 8).double())
+def target(seeds: Tensor, text_lengths: Tensor) -> Tensor:
+    return torch.exp(-Randomness(seeds, text_lengths).target(torch.zeros_like(seeds), 8).double())
 
 
-def draft(seeds: Tensor, starts: Tensor) -> Tensor:
+def draft(seeds: Tensor, text_lengths: Tensor) -> Tensor:
     """The uniforms behind the draft's draws."""
-    return Randomness(seeds, starts)._accept_and_draft[1, :, :8]
+    return Randomness(seeds, text_lengths)._accept_and_draft[1, :, :8]
 
 
 PURPOSES: dict[str, Numbers] = {"accept": accept, "target": target, "draft": draft}
@@ -104,9 +104,11 @@ def test_numbers_of_different_purposes_are_independent(keys: str) -> None:
 
 def test_no_two_keys_share_numbers() -> None:
     """Over seeds x positions x purposes x draws: 3 * 300 * 300 * 8 numbers of 52 bits, no two alike."""
-    seeds, starts = (grid.flatten() for grid in torch.meshgrid(torch.arange(300), torch.arange(300), indexing="ij"))
-    numbers = torch.cat([Randomness(seeds, starts).accept(8), draft(seeds, starts)])
-    noise = sampling._uniforms(Randomness(seeds, starts)._key(sampling._TARGET, starts), 8)
+    seeds, text_lengths = (
+        grid.flatten() for grid in torch.meshgrid(torch.arange(300), torch.arange(300), indexing="ij")
+    )
+    numbers = torch.cat([Randomness(seeds, text_lengths).accept(8), draft(seeds, text_lengths)])
+    noise = sampling._uniforms(Randomness(seeds, text_lengths)._key(sampling._TARGET, text_lengths), 8)
     everything = torch.cat([numbers, noise]).flatten()
     # by the birthday bound fewer than 0.01 coincidences are expected
     assert len(everything.unique()) == len(everything)
@@ -114,11 +116,11 @@ def test_no_two_keys_share_numbers() -> None:
 
 def test_the_tests_of_independence_notice_shared_numbers() -> None:
     # CASES 58
-    seeds, starts = KEYS["neighbouring seeds"]
-    numbers = accept(seeds, starts)
+    seeds, text_lengths = KEYS["neighbouring seeds"]
+    numbers = accept(seeds, text_lengths)
     assert not independent(numbers, numbers)
     assert not independent(numbers, 1 - numbers)
-    half_shared = torch.where(torch.arange(COUNT).unsqueeze(1) % 8 == 0, numbers, draft(seeds, starts))
+    half_shared = torch.where(torch.arange(COUNT).unsqueeze(1) % 8 == 0, numbers, draft(seeds, text_lengths))
     assert not independent(numbers, half_shared)
     assert kstest((numbers**1.05).flatten().numpy(), "uniform").pvalue < ALPHA
 
@@ -167,9 +169,9 @@ def test_quantile_inverts_the_distribution_function() -> None:
 
 def test_one_key_gives_one_number_whatever_the_batch() -> None:
     """Neighbours, order, how many numbers are asked for, and how a position is addressed do not matter."""
-    seeds, starts = torch.tensor([4, 9, 4, 2**50, 0]), torch.tensor([3, 3, 8, 100, 0])
-    whole, order = Randomness(seeds, starts), torch.tensor([3, 0, 4, 2, 1])
-    shuffled = Randomness(seeds[order], starts[order])
+    seeds, text_lengths = torch.tensor([4, 9, 4, 2**50, 0]), torch.tensor([3, 3, 8, 100, 0])
+    whole, order = Randomness(seeds, text_lengths), torch.tensor([3, 0, 4, 2, 1])
+    shuffled = Randomness(seeds[order], text_lengths[order])
     law = torch.rand(5, 1, VOCAB, generator=torch.Generator().manual_seed(0)).softmax(-1)
     offsets = torch.arange(5) % 3
     assert torch.equal(shuffled.accept(4), whole.accept(4)[order])
@@ -177,10 +179,10 @@ def test_one_key_gives_one_number_whatever_the_batch() -> None:
     assert torch.equal(shuffled.draft(2, law[order]), whole.draft(2, law)[order])
     assert torch.equal(shuffled.target(offsets[order], VOCAB), whole.target(offsets, VOCAB)[order])
     for b in range(5):
-        alone = Randomness(seeds[b : b + 1], starts[b : b + 1])
+        alone = Randomness(seeds[b : b + 1], text_lengths[b : b + 1])
         assert torch.equal(alone.accept(4)[0], whole.accept(4)[b])
         assert torch.equal(alone.draft(1, law[b : b + 1])[0], whole.draft(1, law)[b])
-        later = Randomness(seeds[b : b + 1], starts[b : b + 1] + 2)  # position = start + offset
+        later = Randomness(seeds[b : b + 1], text_lengths[b : b + 1] + 2)  # position = start + offset
         ahead = whole.target(torch.tensor([[2, 3]]).expand(5, -1), VOCAB)
         assert torch.equal(later.target(torch.tensor([[0, 1]]), VOCAB)[0], ahead[b])
 
@@ -355,7 +357,7 @@ def test_ignored_seeds_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Randomness._key
 
     def seedless(self: Randomness, purpose: int, position: Tensor) -> Tensor:
-        return right(Randomness(torch.zeros_like(self.seeds), self.starts), purpose, position)
+        return right(Randomness(torch.zeros_like(self.seeds), self.text_lengths), purpose, position)
 
     monkeypatch.setattr(draws, "library", lambda: None)
     monkeypatch.setattr(Randomness, "_key", seedless)

@@ -341,7 +341,7 @@ def test_rules_change_none_of_their_inputs(rule: str, dtype: torch.dtype) -> Non
     ]
     randomness = Randomness(torch.arange(40), torch.arange(40) * 3)
     for draft in drafts:
-        inputs = [target_probs, draft.tokens, draft.lengths, randomness.seeds, randomness.starts]
+        inputs = [target_probs, draft.tokens, draft.lengths, randomness.seeds, randomness.text_lengths]
         inputs += [] if draft.probs is None else [draft.probs]
         before = [tensor.clone() for tensor in inputs]
         first = RULES[rule](target_probs, draft, randomness)

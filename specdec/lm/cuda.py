@@ -94,7 +94,7 @@ class CudaLM(PagedLM):
         _, count, choices = drawing.laws.shape
         if choices > self.vocab_size:
             return None
-        given = drawing.temperatures, drawing.seeds, drawing.starts
+        given = drawing.temperatures, drawing.seeds, drawing.text_lengths
         found = self._chain(tokens, counts, Chain(count, choices, True, drawing.coupled), *given)
         if found is None:
             return None
@@ -108,7 +108,9 @@ class CudaLM(PagedLM):
         started = time.perf_counter()
         rows, count = len(asked.texts), min(MOST_PASSES, 1 << asked.most.bit_length() - 1)
         chain = Chain(count, asked.vocab_size, asked.temperatures is not None, coupled=True, is_own=True)
-        given = () if asked.temperatures is None else (torch.tensor(asked.temperatures), asked.seeds, asked.starts)
+        given = (
+            () if asked.temperatures is None else (torch.tensor(asked.temperatures), asked.seeds, asked.text_lengths)
+        )
         last = torch.tensor([text[-1:] for text in asked.texts])
         found = self._chain(last, [1] * rows, chain, *given)
         if found is None:
