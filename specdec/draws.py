@@ -47,8 +47,8 @@ class Drawing:
     """How a draft model draws what it goes on with: of the softmax of its logits / temperature, row by row.
 
     temperatures (float32), seeds and text_lengths [B], on the processor; the laws go into ``laws`` [B, K, V].
-    ``coupled``: with the noise of the target's draws. Where ``laws`` are on the processor too, ``function`` and ``asked`` are addresses of a
-    ``Choose`` of nn/cpu.c and of what it wants to know; None elsewhere.
+    ``coupled``: with the noise of the target's draws. Where ``laws`` are on the processor too, ``function`` and ``asked``
+    are addresses of a ``Choose`` of nn/cpu.c and of what it wants to know; None elsewhere.
     """
 
     def __init__(
