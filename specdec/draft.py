@@ -14,6 +14,8 @@ from torch import Tensor
 
 from specdec.errors import ConfigError
 
+_OFF = 1e-2  # that sums of half precision may be from 1
+
 if TYPE_CHECKING:
     from specdec.lm.base import CachedLM
     from specdec.sequences import Sequences, Step
@@ -51,17 +53,31 @@ class Draft:
         return cls(table[:, 1:], table[:, 0])
 
     def checked(self, most: Sequence[int], vocab_size: int, drafter: object) -> Draft:
-        """Without what is beyond ``most[b]`` tokens of a row. Raises ``ConfigError`` for ids that are no tokens."""
-        width = max(most)
-        lengths = torch.tensor(most, device=self.lengths.device).minimum(self.lengths)
-        tokens, probs = self.tokens[:, :width], None if self.probs is None else self.probs[:, :width]
-        parents = self.parents and [own[:count] for own, count in zip(self.parents, most, strict=True)]
+        """Without what is beyond ``most[b]`` tokens of a row.
+
+        Raises ``ConfigError``, which names the ``drafter``, for what is no draft of so many rows: other shapes and types, ids
+        that are no tokens, laws that are none.
+        """
+        rows, width, name = len(most), max(most), type(drafter).__name__
+        _expect(self.tokens, "tokens", (rows, None), name)
+        _expect(self.lengths, "lengths", (rows,), name)
+        if self.probs is not None:
+            _expect(self.probs, "probs", (rows, self.tokens.shape[1], vocab_size), name, is_law=True)
+        lengths = torch.tensor(most, device=self.lengths.device).minimum(self.lengths.long())
+        if len(wrong := lengths[(lengths < 0) | (lengths > self.tokens.shape[1])]):
+            raise ConfigError(f"{name} proposed lengths of {int(wrong[0])} of {self.tokens.shape[1]} tokens")
+        tokens, probs = self.tokens[:, :width].long(), None if self.probs is None else self.probs[:, :width]
+        parents = self.parents and [own[:count] for own, count in zip(self.parents, lengths.tolist(), strict=True)]
         draft = Draft(tokens, lengths, probs, parents)
-        wrong = tokens[draft.is_drafted & ((tokens < 0) | (tokens >= vocab_size))]
-        if len(wrong):
+        if len(wrong := tokens[draft.is_drafted & ((tokens < 0) | (tokens >= vocab_size))]):
+            raise ConfigError(f"{name} proposed token id {int(wrong[0])}; the target knows 0 to {vocab_size - 1}")
+        if probs is not None and not _are_laws(probs[draft.is_drafted], tokens[draft.is_drafted]):
             raise ConfigError(
-                f"{type(drafter).__name__} proposed token id {int(wrong[0])}; the target knows 0 to {vocab_size - 1}"
+                f"{name} proposed tokens with probs that they cannot be drawn from; expected numbers >= 0 that sum to 1 over "
+                "the vocabulary, more than 0 for the token proposed (None: it is certain)"
             )
+        if parents and any(not -1 <= parent < i for own in parents for i, parent in enumerate(own)):
+            raise ConfigError(f"{name} proposed parents {parents}; expected places of earlier tokens, or -1")
         return replace(draft, tokens=tokens.where(draft.is_drafted, 0))
 
     @cached_property
@@ -154,7 +170,28 @@ def propose(drafter: Drafter, sequences: Sequences, lengths: list[int]) -> Draft
     draft = drafter.propose(sequences, lengths)
     if type(drafter).__module__.partition(".")[0] == __name__.partition(".")[0]:
         return draft
+    if not isinstance(draft, Draft):
+        raise ConfigError(f"{type(drafter).__name__} proposed {type(draft).__name__}, expected specdec.Draft")
     return draft.checked(lengths, sequences.vocab_size, drafter)
+
+
+def _expect(given: object, what: str, shape: tuple[int | None, ...], name: str, *, is_law: bool = False) -> None:
+    """Raise ``ConfigError`` unless it is a tensor of that shape (None: any size), of numbers that fit."""
+    is_right = isinstance(given, Tensor) and len(given.shape) == len(shape)
+    if is_right and isinstance(given, Tensor):
+        is_right = all(want in (None, found) for want, found in zip(shape, given.shape, strict=True))
+        is_right &= given.is_floating_point() == is_law and given.dtype != torch.bool
+    if not is_right:
+        found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        wanted = ", ".join("K" if size is None else str(size) for size in shape)
+        kind = "float" if is_law else "integer"
+        raise ConfigError(f"{name} proposed {what} {found}, expected a tensor of {kind} numbers [{wanted}]")
+
+
+def _are_laws(probs: Tensor, tokens: Tensor) -> bool:
+    """Whether each of tokens [N] may have been drawn from its law of probs [N, V]."""
+    chosen = probs.gather(1, tokens.unsqueeze(1))
+    return bool(((probs.sum(1) - 1).abs() < _OFF).all() and (probs >= 0).all() and (chosen > 0).all())
 
 
 @torch.inference_mode()

@@ -20,7 +20,10 @@ def occupied(target: CachedLM, drafter: Drafter | None) -> Iterator[None]:
     parts = {id(part) for part in (target, drafter, getattr(drafter, "lm", None)) if part is not None}
     with _LOCK:
         if parts & _OCCUPIED or any(target.lengths):
-            raise ConfigError("this model is in the middle of a stream; finish or close it before the next call")
+            raise ConfigError(
+                "this model is in the middle of a stream, or of a call in another thread or callback; finish or close that "
+                "before the next call: models hold the rows of one call at a time"
+            )
         _OCCUPIED.update(parts)
     try:
         yield

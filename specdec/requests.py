@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,9 @@ from specdec.experience import MOST_DRAFT_TOKENS
 from specdec.sampling import MAX_DRAFT_TOKENS, SamplingParams
 from specdec.sequences import Request
 from specdec.verify import RULES
+
+_PER_PROMPT = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens")
+_OF_LOAD = ("draft", "draft_dtype", "draft_tokenizer", "tokenizer", "tree", "dtype", "device")
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Tensor]
 
@@ -80,12 +84,22 @@ class Settings:
                 )
         else:
             _count("num_draft_tokens", self.num_draft_tokens, 0, MAX_DRAFT_TOKENS)
+        if self.on_error == "raise":  # else what is wrong for all prompts is the error of each
+            self._check_shared()
         if not isinstance(self.logprobs, bool):
             raise ConfigError(f"logprobs must be True or False, got {self.logprobs!r}")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
         if not isinstance(stops, Sequence) or not all(isinstance(stop, str) and stop for stop in stops):
             raise ConfigError(f"stop must be a non-empty string or several, got {self.stop!r}")
         object.__setattr__(self, "stop", tuple(stops))
+
+    def _check_shared(self) -> None:
+        """What is one value for all prompts can be checked before there are any."""
+        given = {name: getattr(self, name) for name in _PER_PROMPT}
+        shared = {name: value for name, value in given.items() if not isinstance(value, Sequence)}
+        if "max_new_tokens" in shared:
+            _count("max_new_tokens", shared.pop("max_new_tokens"), 1)
+        SamplingParams(**shared)
 
     @property
     def most_draft_tokens(self) -> int:
@@ -107,6 +121,7 @@ class Settings:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
+                hint = "give it to specdec.load" if name in _OF_LOAD else hint
                 raise ConfigError(f"unknown argument {name!r}; {hint}")
         return cls(**given)
 
@@ -146,9 +161,6 @@ def build_requests(
             sample = replace(request, seed=seeds[i] + j, eos_ids=eos_ids) if isinstance(request, Request) else request
             found.append(sample)
     return found
-
-
-_PER_PROMPT = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens")
 
 
 def _request(index: int, tokens: list[int], values: dict[str, Any], settings: Settings, limits: Limits) -> Request:
@@ -198,14 +210,16 @@ def token_lists(
             raise ConfigError(
                 "attention_mask was given twice, in the mapping of prompts and beside it; give one of them"
             )
-        return token_lists(prompts["input_ids"], prompts.get("attention_mask", attention_mask), tokenizer)
+        return token_lists(*_of_mapping(prompts["input_ids"], prompts.get("attention_mask", attention_mask)), tokenizer)
+    if isinstance(prompts, np.ndarray):
+        prompts = torch.as_tensor(prompts)
     if isinstance(prompts, Tensor):
         return list(_unpad(prompts, attention_mask))
     if attention_mask is not None:
         raise ConfigError("attention_mask goes with a tensor of token ids; prompts of other kinds have no padding")
     if isinstance(prompts, str):
         prompts = [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise PromptError(f"prompts must be text, lists of token ids or a tensor, got {type(prompts).__name__}")
     if len(prompts) == 0:
         raise PromptError("no prompts given; pass at least one")
@@ -217,12 +231,29 @@ def _tokens_of(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[i
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ConfigError("a text prompt needs a tokenizer, and this model came without one; pass tokenizer=")
-        return list(tokenizer(prompt)["input_ids"])
-    if isinstance(prompt, Tensor):
+        try:
+            return list(tokenizer(prompt)["input_ids"])
+        except (TypeError, ValueError) as error:  # half of a surrogate pair, say
+            return PromptError(f"the tokenizer cannot read the prompt {prompt[:80]!r}: {error}")
+    if isinstance(prompt, Tensor | np.ndarray):
         prompt = prompt.tolist()
-    if not isinstance(prompt, Sequence) or not all(_is_id(token) for token in prompt):
+    if (
+        not isinstance(prompt, Sequence)
+        or isinstance(prompt, bytes | bytearray)
+        or not all(_is_id(token) for token in prompt)
+    ):
         return PromptError(f"a prompt must be text or integer token ids, got {repr(prompt)[:80]}")
     return [int(token) for token in prompt]
+
+
+def _of_mapping(tokens: Any, mask: Any) -> tuple[Any, Any]:
+    """Tokens without what the mask hides where a tokenizer made lists of both; tensors stay what they are."""
+    if isinstance(tokens, Tensor | np.ndarray) or isinstance(mask, Tensor | np.ndarray) or mask is None:
+        return tokens, None if mask is None else torch.as_tensor(mask)
+    rows, masks = ([tokens], [mask]) if all(_is_id(token) for token in tokens) else (tokens, mask)
+    if list(map(len, rows)) != list(map(len, masks)):
+        raise PromptError(f"attention_mask must have as many numbers as input_ids, got {mask!r:.80} for {tokens!r:.80}")
+    return [[token for token, kept in zip(*pair, strict=True) if kept] for pair in zip(rows, masks, strict=True)], None
 
 
 def _unpad(tokens: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
@@ -243,10 +274,15 @@ def _unpad(tokens: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
         raise PromptError(
             f"attention_mask must have the shape of the tokens, got {list(mask.shape)} for {list(tokens.shape)}"
         )
+    if ((mask != 0) & (mask != 1)).any():
+        raise PromptError(
+            "attention_mask must hold 1 for tokens and 0 for padding; numbers to be added to scores are others"
+        )
     return [row[keep.bool()].tolist() for row, keep in zip(tokens, mask.to(tokens.device), strict=True)]
 
 
 def _eos_ids(given: int | Sequence[int] | str | None, limits: Limits) -> frozenset[int]:
+    given = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
     if given == "model":
         return limits.eos_ids
     if given is None:
@@ -283,7 +319,8 @@ def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
 
 
 def _is_id(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool) and not isinstance(value, Tensor)
+    """Whether it is one integer, of whatever library."""
+    return hasattr(value, "__index__") and not isinstance(value, bool | Tensor) and not getattr(value, "ndim", 0)
 
 
 def _count(name: str, value: object, least: int, most: int | None = None) -> None:

@@ -398,7 +398,7 @@ def test_what_drafts_lose_is_bounded_whatever_they_promise(monkeypatch: pytest.M
 
 def test_what_it_takes_to_decide_and_to_begin_is_lost_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes and drafts alone would pay, and what else steps take is not learned, but the account is kept."""
-    monkeypatch.setattr(pacing, "_LONG", 1 << 30)
+    monkeypatch.setattr(pacing, "_MANY", 1 << 30)
     world = World(accepted=0.6, begin_seconds=1.3)
     assert World(accepted=0.6).fixed(2) > 1.5 * world.fixed(0)
     assert world.run(3000) > 0.97 * world.fixed(0)

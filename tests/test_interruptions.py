@@ -6,18 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
-from specdec import ConfigError, Draft, Drafter, Engine
+from specdec import ConfigError, Drafter, Engine
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.own import SelfDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.tree import TreeDrafter
 from specdec.lm.base import CachedLM
-from specdec.lm.native import NativeLM
-from specdec.sequences import Sequences, Step
+from specdec.sequences import Step
 from toys import native, noisy, tiny_gpt
 
 PROMPTS = [[5, 9, 2], [17, 4], [3, 3, 44, 20, 8]]
@@ -126,47 +124,6 @@ def test_a_call_that_is_never_begun_takes_no_statistics() -> None:
     engine.stream(PROMPTS, max_new_tokens=NEW)
     assert engine.controller("auto", greedy=True).decisions is decisions
     stream.close()
-
-
-class Careless:
-    """A user's drafter that proposes the same token, and as many as it likes."""
-
-    def __init__(self, token: int, count: int) -> None:
-        self.token, self.count = token, count
-
-    def reserve(self, rows: int, length: int) -> None: ...
-    def observe(self, step: Step) -> None: ...
-    def copy(self, source: int, target: int, length: int | None = None) -> None: ...
-    def free(self, rows: int) -> None: ...
-
-    def propose(self, sequences: Sequences, lengths: list[int]) -> Draft:
-        rows = len(sequences)
-        return Draft(torch.full((rows, self.count), self.token), torch.full((rows,), self.count))
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda own: own, lambda own: HybridDrafter(own, SuffixDrafter())], ids=["alone", "hybrid"]
-)
-def test_a_users_drafter_that_proposes_too_much_costs_time_only(wrap: Callable[[Any], Drafter]) -> None:
-    engine = Engine(native(tiny_gpt(0, context=32)), wrap(Careless(9, 12)))
-    expected = Engine(native(tiny_gpt(0, context=32))).generate(PROMPTS, max_new_tokens=60, context="slide")
-    output = engine.generate(PROMPTS, max_new_tokens=60, context="slide", num_draft_tokens=2)
-    assert output.token_ids == expected.token_ids
-    assert output.stats.num_draft_tokens <= 2 * output.stats.num_target_passes * len(PROMPTS)
-
-
-@pytest.mark.parametrize("token", [61, -1])
-@pytest.mark.parametrize("kind", [native, NativeLM])
-def test_a_users_drafter_that_proposes_no_token_is_named(token: int, kind: Callable[..., CachedLM]) -> None:
-    with pytest.raises(ConfigError, match=rf"Careless proposed token id {token}; the target knows 0 to 60"):
-        Engine(kind(tiny_gpt(0)), Careless(token, 3)).generate(PROMPTS, max_new_tokens=NEW, num_draft_tokens=3)
-
-
-def test_a_tree_is_cut_behind_what_was_asked_for() -> None:
-    tokens, parents = torch.tensor([[1, 2, 3], [4, 5, 99]]), [[-1, -1, 0], [-1, 0]]
-    draft = Draft(tokens, torch.tensor([3, 2]), parents=parents).checked([2, 1], 61, object())
-    assert draft.tokens.tolist() == [[1, 2], [4, 0]] and draft.lengths.tolist() == [2, 1]
-    assert draft.parents == [[-1, -1], [-1]]
 
 
 def test_the_last_piece_of_a_bad_request_says_why() -> None:

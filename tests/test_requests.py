@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import specdec
 from specdec import ConfigError, Engine, PromptError, SpecDecError
 from specdec.drafters.model import ModelDrafter
 from specdec.requests import Settings, token_lists
@@ -269,3 +271,51 @@ def test_settings_are_checked_when_made() -> None:
     assert Settings() == Settings.of({}) and Settings(stop="a").stop == ("a",)
     with pytest.raises(ConfigError, match="rule"):
         Settings(rule="fast")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        (np.array([1, 2, 3]), [[1, 2, 3]]),
+        (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        ([np.array([1, 2, 3])], [[1, 2, 3]]),
+        ([np.int64(1), np.int64(2)], [[1, 2]]),
+        ({"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1]]}, [[1, 2], [3]]),
+        ({"input_ids": [[0, 2], [3, 4]], "attention_mask": [[0, 1], [1, 1]]}, [[2], [3, 4]]),
+        ({"input_ids": [1, 2, 3], "attention_mask": [0, 1, 1]}, [[2, 3]]),
+    ],
+)
+def test_numbers_of_other_libraries_and_lists_of_tokenizers(prompts: Any, expected: list[list[int]]) -> None:
+    assert token_lists(prompts, None, None) == expected
+
+
+@pytest.mark.parametrize("prompts", [b"def", bytearray(b"def"), [b"def"]])
+def test_bytes_are_no_token_ids(engine: Engine, prompts: Any) -> None:
+    refuse(
+        engine, PromptError, ["token ids", "b'def'" if isinstance(prompts, list) else type(prompts).__name__], prompts
+    )
+
+
+def test_numbers_to_be_added_to_scores_are_no_mask(engine: Engine) -> None:
+    mask = torch.tensor([[0.0, 0.0, -1e9]])
+    refuse(engine, PromptError, ["1 for tokens and 0 for padding"], torch.tensor([[1, 2, 3]]), attention_mask=mask)
+
+
+def test_ends_of_text_may_be_an_array() -> None:
+    table = random_table(VOCAB, seed=0)
+    output = Engine(TableLM(table, CONTEXT)).generate([[1, 2]], max_new_tokens=6, eos_token_id=np.arange(VOCAB))
+    assert output.finish_reasons == ["eos"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"temperature": -1}, "temperature"), ({"top_k": -1}, "top_k"), ({"max_new_tokens": 0}, "max_new_tokens"),
+     ({"draft_tokenizers": None}, "draft_tokenizer"), ({"eos": 1}, "eos")],
+)  # fmt: skip
+def test_settings_are_checked_before_a_model_is_looked_for(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        specdec.generate("/nowhere", "def", **given)
+
+
+def test_what_belongs_to_load_is_said(engine: Engine) -> None:
+    refuse(engine, ConfigError, ["unknown argument 'draft'", "specdec.load"], GOOD, draft="suffix")
