@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 COLUMNS = {"method": "{}", "batch": "{}", "temperature": "{:g}", "tokens_per_second": "{:.0f}",
            "ratio_to_plain": "{:.2f}x", "acceptance_rate": "{:.0%}", "mean_acceptance_length": "{:.2f}",
            "overhead_share": "{:.0%}"}  # fmt: skip
-HEADINGS = ("method", "batch", "T", "tokens/s", "ratio", "accepted", "length", "overhead")
+HEADINGS = ("method", "batch", "T", "tokens/s", "ratio", "accepted", "length", "bookkeeping")
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -168,6 +169,11 @@ def kind_of_text(temperature: float) -> str:
     return f"T={temperature:g}" if temperature else "greedy"
 
 
+def medians_of(rounds: int) -> str:
+    """What the figures of that many rounds are."""
+    return "one round" if rounds == 1 else f"medians of {rounds} rounds"
+
+
 def compare(
     methods: Mapping[str, Method],
     prompts: Sequence[Sequence[int]],
@@ -281,9 +287,9 @@ def _known(stats: Stats) -> dict[str, Any]:
 
 
 def table(measurements: Sequence[Measurement], title: str) -> Table:
-    """The measurements as a table for the terminal; fits into 80 columns."""
-    result = Table(title=title)
-    for heading in ("method", "batch", "T", "tok/s", "speedup", "accepted", "length", "overhead"):
+    """The measurements as a table for the terminal; fits into 80 columns with methods of up to 28 letters."""
+    result = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    for heading in ("method", "batch", "T", "tok/s", "speedup", "accepted", "length", "bookkeeping"):
         result.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for i, m in enumerate(measurements):
         result.add_row(
@@ -298,6 +304,6 @@ def table(measurements: Sequence[Measurement], title: str) -> Table:
             end_section=i + 1 < len(measurements) and measurements[i + 1].cell != m.cell,
         )
     result.caption = (
-        "accepted: share of drafted tokens; length: tokens per target pass;\noverhead: time outside the models"
+        "accepted: share of drafted tokens; length: tokens per target pass;\nbookkeeping: time outside the models"
     )
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub import snapshot_download
@@ -36,6 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 ModelLike = str | Path | nn.Module | CachedLM
+TokenizerLike: TypeAlias = str | Path | PreTrainedTokenizerBase
 
 
 def load_lm(model: ModelLike, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> CachedLM:
@@ -171,6 +172,33 @@ def find_tokenizer(model: object) -> PreTrainedTokenizerBase | None:
         directory = checkpoint_directory(name)
     except CheckpointError:
         return None  # a model without a tokenizer is fine: prompts then come as token ids
+    return _tokenizer_in(directory)
+
+
+def tokenizer_of(given: TokenizerLike | None, setting: str = "tokenizer") -> PreTrainedTokenizerBase | None:
+    """The tokenizer that ``given`` is or names, None for None; ``setting`` is what it was given as.
+
+    Raises ``ConfigError`` for what can be neither, ``CheckpointError`` where there is no tokenizer.
+    """
+    if isinstance(given, str | Path):
+        path = Path(given).expanduser()
+        directory = path if path.is_dir() else checkpoint_directory(str(given))  # of a tokenizer alone, too
+        found = _tokenizer_in(directory)
+        if found is None:
+            raise CheckpointError(
+                f"{setting}={str(given)!r} holds no tokenizer that can be read; expected tokenizer.json, as "
+                "save_pretrained writes it. Save it there, or pass the tokenizer itself"
+            )
+        return found
+    if given is not None and not (hasattr(given, "get_vocab") and callable(given)):
+        raise ConfigError(
+            f"{setting} must be a transformers tokenizer, a directory or hub id that has one, or None, got {given!r}"
+        )
+    return given
+
+
+def _tokenizer_in(directory: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder; None where there is none."""
     if not any(file.name in TOKENIZER_FILES or file.suffix == ".model" for file in directory.iterdir()):
         return None  # asked all the same, transformers would make up one that knows special tokens only
     try:

@@ -6,19 +6,52 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import transformers
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text as Plain
 from transformers import PreTrainedTokenizerBase
 
 from specdec import __version__
 from specdec.controller import AUTO
 from specdec.errors import ConfigError, PromptError, SpecDecError
+from specdec.options import (
+    Batch,
+    Compared,
+    Context,
+    Device,
+    Draft,
+    DraftVocabulary,
+    Dtype,
+    Fresh,
+    HeadDevice,
+    HeadDtype,
+    HeadOnPolicy,
+    HeadSeconds,
+    HeadText,
+    HeadTokens,
+    HeadVocabulary,
+    HeadWidth,
+    Lengths,
+    MaxNewTokens,
+    NumDraftTokens,
+    OnPolicy,
+    PromptFile,
+    Prompts,
+    Rounds,
+    Target,
+    Temperature,
+    Text,
+    draft_length,
+    drafters,
+    refuse_options_of_heads,
+)
 from specdec.output import Piece
-from specdec.requests import Settings
+from specdec.places import check_file, check_folder, read_text
 
 app = typer.Typer(
     help="Faster text generation that does not change the text: a small drafter guesses tokens, the large target "
@@ -28,51 +61,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-DEFAULTS = Settings()
-
-Target = Annotated[str, typer.Argument(help="Directory or hub id of the target model.", metavar="MODEL")]
-Draft = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Directory or hub id of a draft model, or 'suffix' (what the text repeats: no model needed, the default); "
-        "given both, suffix where the text repeats itself, the model elsewhere. "
-        "'tuned' or a .json file: what specdec tune found best."
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, int8, or auto: the checkpoint's own.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU when there is one.")]
-MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to generate per row.")]
-NumDraftTokens = Annotated[
-    str | None,
-    typer.Option(
-        help="Tokens drafted per step; 0 is plain decoding, auto what pays most here, measured. "
-        "Default: auto, or what --draft tuned says."
-    ),
-]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-Text = Annotated[str, typer.Option(help="'stdlib', or a text file or folder like what you will generate.")]
-OnPolicy = Annotated[float, typer.Option(help="Share of the budget spent on text that the target writes.")]
-DraftVocabulary = Annotated[
-    int, typer.Option(help="Guess only so many of the text's most frequent tokens, for large vocabularies; 0: all.")
-]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew instead of going on from what is there.")]
-Compared = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--draft",
-        help="Directory or hub id of a draft model; repeatable. 'suffix' is always compared, "
-        "alone and with every model.",
-    ),
-]
-Lengths = Annotated[
-    list[str] | None, typer.Option(help="Draft lengths: 3, 1..8 or auto; repeatable. Default auto and 1..8.")
-]
-Batch = Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable. Default 1 and 8.", min=1)]
-PromptFile = Annotated[
-    Path | None, typer.Option(help="Text file; paragraphs between blank lines are prompts. Default: held-out code.")
-]
-Prompts = Annotated[int, typer.Option(help="How many prompts to use, at most.", min=1)]
-Rounds = Annotated[int, typer.Option(help="Timed rounds; medians are reported.", min=1)]
 
 
 def main() -> None:
@@ -81,7 +69,7 @@ def main() -> None:
     try:
         app()
     except SpecDecError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}:[/] {error}", highlight=False)
+        Console(stderr=True).print(Plain(f"{type(error).__name__}:", "red"), Plain(str(error)), soft_wrap=True)
         sys.exit(2)
 
 
@@ -101,20 +89,6 @@ def demo(
     from specdec.demo import demo as run
 
     run(picture, Console())
-
-
-def _draft_length(given: str | None) -> dict[str, Any]:
-    """What ``Settings`` takes for it; it refuses what is neither a number nor "auto"."""
-    if given is None:
-        return {}
-    return {"num_draft_tokens": int(given) if given.lstrip("-").isdecimal() else given}
-
-
-def _drafters(names: list[str] | None) -> str | list[str]:
-    """What ``load`` takes for the drafters that were named."""
-    from specdec.drafting import DEFAULT
-
-    return names[0] if names and len(names) == 1 else names or DEFAULT
 
 
 @app.command()
@@ -139,6 +113,7 @@ def generate(
             help="block, rejection, coupled (same text as plain with that seed), or auto: coupled with a seed."
         ),
     ] = AUTO,
+    context: Context = "stop",
     stats: Annotated[bool, typer.Option(help="Print counters and rates to stderr.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -149,24 +124,24 @@ def generate(
     """
     from specdec.load import load
 
-    prompts = [*(prompt or []), *([prompt_file.read_text(encoding="utf-8")] if prompt_file else [])]
+    prompts = [*(prompt or []), *([read_text(prompt_file)] if prompt_file else [])]
     if not prompts:
         raise PromptError('no prompt given; pass --prompt "..." or --prompt-file FILE')
-    engine = load(model, draft=_drafters(draft), dtype=dtype, device=device)
+    engine = load(model, draft=drafters(draft), dtype=dtype, device=device)
     single = len(prompts) * n == 1
 
     def write(piece: Piece) -> None:
         print(piece.text, end="", flush=True)
 
     output = engine.generate(
-        prompts, max_new_tokens=max_new_tokens, **_draft_length(num_draft_tokens), temperature=temperature,
+        prompts, max_new_tokens=max_new_tokens, **draft_length(num_draft_tokens), temperature=temperature,
         top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
-        n=n, rule=rule, on_piece=write if single else None,
+        n=n, rule=rule, context=context, on_piece=write if single else None,
     )  # fmt: skip
     for index, text in enumerate(output.texts or []):
         print("" if single else f"--- {index} ({output.finish_reasons[index]}) ---\n{text}")
     if stats:
-        Console(stderr=True).print(str(output.stats), highlight=False)
+        Console(stderr=True).print(str(output.stats), highlight=False, markup=False)
 
 
 @app.command()
@@ -195,11 +170,13 @@ def bench(
     Example: specdec bench ./target --draft ./draft --prompt-file prompts.txt --out report
     """
     from specdec import sweep
-    from specdec.bench import Measurement, table
+    from specdec.bench import Measurement, medians_of, table
     from specdec.machine import machine
     from specdec.report import Report
 
     lengths = sweep.lengths_of(k or sweep.EVERY_LENGTH)
+    if out is not None:
+        check_folder(out)
     plain, drafting = sweep.engines(model, draft or [], dtype=dtype, device=device)
     texts = _bench_prompts(plain.tokenizer, prompt_file, prompts)
     ways = sweep.own_ways(plain, drafting, lengths, max_new_tokens)
@@ -222,11 +199,11 @@ def bench(
             ways, texts, batches=batch or [1, 8], temperatures=temperature or [0.0], rounds=rounds, console=console,
             memory=target.read_bandwidth if target.weight_bytes else None, after_cell=report,
         )  # fmt: skip
-    console.print(table(found, f"{Path(model).name}, medians of {rounds} rounds"))
+    console.print(table(found, f"{escape(Path(model).name)}, {medians_of(rounds)}"))
     for line in report(found).lines():
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     if out is not None:
-        console.print(f"Report: {out / 'report.html'}")
+        console.print(f"Report: {out / 'report.html'}", markup=False)
 
 
 @app.command()
@@ -234,7 +211,10 @@ def check(
     model: Target,
     draft: Draft = None,
     prompt_file: PromptFile = None,
-    prompts: Prompts = 8,
+    prompts: Annotated[
+        int | None,
+        typer.Option(help="How many prompts to use, at most. Default: 8; without a file too, short texts.", min=1),
+    ] = None,
     num_draft_tokens: Annotated[int, typer.Option(help="Tokens drafted per step.")] = 4,
     max_new_tokens: MaxNewTokens = 64,
     samples: Annotated[int, typer.Option(help="Samples of every tested law.")] = 2000,
@@ -249,12 +229,15 @@ def check(
     from specdec.check import check as run
     from specdec.load import load
 
-    engine = load(model, draft=_drafters(draft), dtype=dtype, device=device)
-    texts = None if prompt_file is None else _bench_prompts(engine.tokenizer, prompt_file, prompts)
+    if out is not None:
+        check_file(out)
+    engine = load(model, draft=drafters(draft), dtype=dtype, device=device)
+    own = prompt_file is None and prompts is None
+    texts = None if own else _bench_prompts(engine.tokenizer, prompt_file, prompts or 8)
     report = run(
         engine, prompts=texts, num_draft_tokens=num_draft_tokens, max_new_tokens=max_new_tokens, samples=samples
     )
-    Console().print(report.table(f"{Path(model).name}: is the text unchanged?"))
+    Console().print(report.table(f"{escape(Path(model).name)}: is the text unchanged?"))
     if out is not None:
         out.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
     raise typer.Exit(code=0 if report.passed else 1)
@@ -281,7 +264,7 @@ def tune(
     Example: specdec tune ./target --draft ./draft && specdec generate ./target --draft tuned --prompt "def main("
     """
     from specdec import sweep
-    from specdec.bench import table
+    from specdec.bench import medians_of, table
     from specdec.tune import choose, place
 
     file = place(model, out)
@@ -291,28 +274,28 @@ def tune(
     texts = _bench_prompts(plain.tokenizer, prompt_file, prompts)
     console = Console()
     found = sweep.measure(ways, texts, batches=batch or [1, 8], temperatures=[0.0, 1.0], rounds=rounds, console=console)
-    console.print(table(found, f"{Path(model).name}, medians of {rounds} rounds"))
+    console.print(table(found, f"{escape(Path(model).name)}, {medians_of(rounds)}"))
     tuned = choose(found, {name: one.draft for name, one in drafting.items()}, model)
     tuned.write(file)
-    for line in tuned.lines():
-        console.print(line, highlight=False)
-    console.print(f"Settings: {file}", highlight=False)
+    for line in (*tuned.lines(), f"Settings: {file}"):
+        console.print(line, highlight=False, markup=False)
 
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A TOML recipe; a model with --drafter.", metavar="RECIPE.toml|MODEL")],
     out: Annotated[Path | None, typer.Option(help="Output directory. Default: next to the recipe.")] = None,
     drafter: Annotated[str | None, typer.Option(help="eagle3 or block: what drafts from its hidden states.")] = None,
-    seconds: Annotated[float, typer.Option(help="Stop after this long; 0 is no limit.")] = 600.0,
-    tokens: Annotated[int, typer.Option(help="Stop after so many tokens; 0 is no limit.")] = 0,
-    data: Text = "stdlib",
-    on_policy: OnPolicy = 0.0,
-    draft_vocab_size: DraftVocabulary = 0,
-    width: Annotated[int, typer.Option(help="Of an eagle3 head; 0 is the target's. Narrow ones draft faster.")] = 0,
+    seconds: HeadSeconds = 600.0,
+    tokens: HeadTokens = 0,
+    data: HeadText = "stdlib",
+    on_policy: HeadOnPolicy = 0.0,
+    draft_vocab_size: HeadVocabulary = 0,
+    width: HeadWidth = 0,
     fresh: Fresh = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: HeadDtype = "auto",
+    device: HeadDevice = "auto",
 ) -> None:
     """Train a target and its draft together; Ctrl-C saves a checkpoint and the same command goes on from it.
 
@@ -328,6 +311,7 @@ def train(
         from specdec.training.recipe import load_recipe
         from specdec.training.trainer import train as run
 
+        refuse_options_of_heads(context)
         run(load_recipe(Path(recipe)), out or Path(recipe).with_suffix(""), resume=not fresh, decode=accepted_length)
         return
     from specdec.heads import train_checkpoint
@@ -338,7 +322,7 @@ def train(
         recipe, drafter, out, data, settings, draft_vocab_size=draft_vocab_size, width=width, dtype=dtype,
         device=device, fresh=fresh,
     )  # fmt: skip
-    Console().print(report.table(f"{out}"))
+    Console().print(report.table(escape(str(out))))
 
 
 @app.command()
@@ -374,7 +358,7 @@ def distill(
         draft_vocab_size=draft_vocab_size,
     )  # fmt: skip
     report = distill_checkpoint(target, out, data, settings, dtype=dtype, device=device, resume=not fresh)
-    table = Table("tokens", "accepted length, greedy", "T=1", "acceptance", title=f"{out}")
+    table = Table("tokens", "accepted length, greedy", "T=1", "acceptance", title=escape(str(out)))
     for i, e in enumerate(report.evaluations):
         style = "bold green" if i == report.best else None
         figures = (f"{e.greedy_length:.2f}", f"{e.sampled_length:.2f}", f"{e.alpha:.1%}")
@@ -387,14 +371,12 @@ def _bench_prompts(tokenizer: PreTrainedTokenizerBase | None, file: Path | None,
     from specdec.training.data import gather, held_out_prompts
 
     if tokenizer is None:
-        raise ConfigError("bench and tune need the model's tokenizer, and there is none next to its weights")
+        raise ConfigError(
+            "prompts need the model's tokenizer, and there is none next to its weights; add tokenizer.json"
+        )
     if file is None:
         return held_out_prompts(tokenizer, gather("stdlib"), count=count, tokens=128)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise PromptError(f"{file} cannot be read as text: {error}") from error
-    paragraphs = [part for part in text.split("\n\n") if part.strip()]
+    paragraphs = [part for part in read_text(file).split("\n\n") if part.strip()]
     if not paragraphs:
         raise PromptError(f"{file} holds no prompt; expected paragraphs between blank lines")
     return [tokenizer(paragraph)["input_ids"] for paragraph in paragraphs[:count]]

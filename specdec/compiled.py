@@ -23,8 +23,8 @@ FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping
 def compiled(*sources: Path, flags: Sequence[str] = (), purpose: str) -> ctypes.CDLL | None:
     """The library of the first of ``sources``, which includes the others.
 
-    None without a source or a compiler; a compiler that fails is a FallbackWarning that says that ``purpose`` is
-    slower. Compiling takes seconds, once.
+    None without a source or a compiler; a compiler that fails, or a folder that cannot be written, is a
+    FallbackWarning that says that ``purpose`` is slower. Compiling takes seconds, once.
     """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or not all(source.is_file() for source in sources):
@@ -39,11 +39,17 @@ def compiled(*sources: Path, flags: Sequence[str] = (), purpose: str) -> ctypes.
             _compile([*command, str(sources[0]), "-lm"], library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or error
-        warnings.warn(
-            f"{purpose} on CPU is slower: {compiler} cannot compile it ({said})", FallbackWarning, stacklevel=3
-        )
+        why = _reason(error, compiler, library.parent)
+        warnings.warn(f"{purpose} on CPU is slower: {why}", FallbackWarning, stacklevel=3)
         return None
+
+
+def _reason(error: OSError | subprocess.CalledProcessError, compiler: str, folder: Path) -> str:
+    """Why there is no library, and what to do about it: the system names the file that it failed on."""
+    file = getattr(error, "filename", None)
+    if file is not None and str(file) != compiler.split()[0]:
+        return f"the folder {folder} cannot be written ({error}); allow it, or move it with XDG_CACHE_HOME"
+    return f"{compiler} cannot compile it ({getattr(error, 'stderr', None) or error})"
 
 
 def _compile(command: list[str], library: Path) -> None:

@@ -9,7 +9,9 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from safetensors import safe_open
@@ -26,6 +28,7 @@ from specdec.lm.native import decoding_dtype
 from specdec.load import accepted_length, load
 from specdec.machine import cache_directory, fast_dtype
 from specdec.picture import draw
+from specdec.places import check_file
 from specdec.text import TextStream
 from specdec.training.data import gather, held_out_prompts
 from specdec.training.distill_recipe import DistillSettings
@@ -64,10 +67,12 @@ def demo_pair(console: Console | None = None) -> Path:
     recipe = demo_recipe()
     pair = cache_directory() / f"demo-{recipe.fingerprint()[:12]}"
     if (pair / "report.json").is_file() and _is_distilled(pair):
-        console.print(f"[bold]1. Trained pair[/] found in {pair}")
+        console.print(f"[bold]1. Trained pair[/] found in {escape(str(pair))}")
         return pair
     console.print("[bold]1. Training[/] a target and a draft GPT together on the standard library's source")
-    console.print(f"   into {pair} (minutes, once; Ctrl-C saves a checkpoint and the next run goes on from it)")
+    console.print(
+        f"   into {escape(str(pair))} (minutes, once; Ctrl-C saves a checkpoint and the next run goes on from it)"
+    )
     if not (pair / ON_TEXT).is_dir():
         train(recipe, pair, decode=accepted_length)
     console.print("   A narrower draft learns what the target writes; the one that learned from text alone is kept")
@@ -100,6 +105,10 @@ def pair_or_demo(target: str | None, draft: Sequence[str] | None) -> tuple[str, 
 
 def demo(picture: Path, console: Console) -> None:
     """Train (first run only), decode held-out code, and print what speculation brings."""
+    check_file(picture, "--picture")
+    kinds = [f".{kind}" for kind in Figure().canvas.get_supported_filetypes()]
+    if picture.suffix.lower() not in ("", *kinds):
+        raise ConfigError(f"--picture must end in one of {', '.join(kinds)}, got {picture}")
     pair = demo_pair(console)
     dtype = decoding_dtype_name()
     engine = load(pair / "target", draft=pair / "draft", dtype=dtype)
@@ -121,7 +130,7 @@ def demo(picture: Path, console: Console) -> None:
     best = [f"{max(m.speedup for m in own if m.mean_acceptance_length):.2f}x" for own in groups.values()]
     console.print(
         f"[bold green]Best: {best[0]} of plain decoding with {large}; {best[1]} and {best[2]} with {small} "
-        f"(batch 1 and 8)[/], picture saved to {picture}"
+        f"(batch 1 and 8)[/], picture saved to {escape(str(picture))}"
     )
 
 

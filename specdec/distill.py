@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,9 +33,10 @@ from specdec.lm.native import native_lm
 from specdec.machine import batch_rows, fast_dtype
 from specdec.nn.divergences import DIVERGENCES
 from specdec.nn.gpt import GPT
+from specdec.places import check_apart, check_folder
 from specdec.training import checkpoint as files
 from specdec.training import data
-from specdec.training.cards import draft_card
+from specdec.training.cards import DISTILLED, draft_card
 from specdec.training.distill_recipe import REPORT, DistillReport, DistillSettings, Evaluation, read_report
 from specdec.training.interrupt import Interrupt
 from specdec.training.losses import Teacher, acceptance, distillation_loss, length_weights
@@ -55,6 +57,8 @@ def distill_checkpoint(
     resume: bool = True,
 ) -> DistillReport:
     """``distill`` for a directory or hub id, on "stdlib" or the text below a path; raises what ``load`` raises."""
+    check_apart(target, out)
+    output_folder(out, resume=resume)
     model, tokenizer = load_model(target, dtype=dtype, device=device)
     if not isinstance(model, GPT | PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"{target} must be a causal language model with a fast tokenizer (tokenizer.json)")
@@ -80,18 +84,35 @@ def distill(
     over. Raises ``ConfigError`` when ``out`` holds something else or the text is too short, ``CheckpointError`` when the
     checkpoints are damaged, ``ModelError`` when a loss is not finite.
     """
-    if (out / "config.json").exists() and not (out / files.MANIFEST).exists():
-        raise ConfigError(f"{out} exists and was not written by a training run; choose another output folder")
+    out = output_folder(out, resume=resume)
     console = Console(stderr=True, quiet=not progress)
     columns = (TextColumn("distilling"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
     with evaluating(target), Progress(*columns, console=console) as bar:
         run = Distillation(target, tokenizer, corpus, settings, out, name)
         if resume and (finished := run.finished()) is not None:
             return finished
-        run.begin(bar.console.print, resume=resume)
+        run.begin(partial(bar.console.print, markup=False), resume=resume)
         task = bar.add_task("", total=1.0, said="")
         run.loop(lambda done, said: bar.update(task, completed=done, said=said))
     return run.report
+
+
+def output_folder(out: Path, *, resume: bool) -> Path:
+    """``out``, links followed. Raises ``ConfigError`` where drafts cannot be written, or would delete something else."""
+    out = check_folder(out)
+    if not (resume and beside(out, REPORT).exists()):  # else the run is finished, and nothing is written
+        files.refuse_others(out, _is_distilled)
+    return out
+
+
+def _is_distilled(folder: Path) -> bool:
+    card = folder / "README.md"
+    return card.is_file() and DISTILLED in card.read_text(encoding="utf-8", errors="replace")
+
+
+def beside(out: Path, what: str) -> Path:
+    """The place next to the folder of a draft for what else its run keeps."""
+    return out.with_name(f"{out.name}-{what}")
 
 
 @contextmanager
@@ -120,7 +141,7 @@ class Distillation:
     ) -> None:
         self.target, self.tokenizer, self.settings = target, tokenizer, settings
         self.out, self.name = out, name
-        self.folder, self.report_file = (out.with_name(f"{out.name}-{what}") for what in ("checkpoints", REPORT))
+        self.folder, self.report_file = beside(out, "checkpoints"), beside(out, REPORT)
         self.target_lm: CachedLM = load_lm(target)
         self.device = self.target_lm.device
         self.batch_rows = settings.rows or batch_rows(self.device)

@@ -33,6 +33,7 @@ from specdec.nn.block import BlockHead
 from specdec.nn.eagle3 import Eagle3Head
 
 DraftLike = ModelLike | Drafter | Sequence[ModelLike | Drafter] | None
+METHODS = ("reserve", "propose", "observe", "copy", "free")  # of a ``Drafter``
 DEFAULT = "suffix"  # where no drafter is named: it costs nothing where it finds nothing
 
 
@@ -91,14 +92,38 @@ def make_drafter(draft: DraftLike, target: Target, tokenizer: PreTrainedTokenize
     if isinstance(draft, Sequence) and not isinstance(draft, str):
         return _hybrid([make_drafter(part, target, tokenizer if _is_model(part) else None) for part in draft])
     if isinstance(draft, str) and draft in NAMES:
-        return NAMES[draft](target)
+        return _whole(NAMES[draft](target), f"what {draft!r} stands for")
     if isinstance(draft, str | Path):
         return _from_folder(draft, target, tokenizer)
     if isinstance(draft, nn.Module | CachedLM):
         return _model_drafter(draft, target, tokenizer)
-    if hasattr(draft, "propose") and hasattr(draft, "observe"):
-        return draft
+    if hasattr(draft, "propose") or hasattr(draft, "observe"):
+        return _whole(draft)
     raise ConfigError(f"draft must be a path, a hub id, a model, a Drafter, None or one of {_known()}, got {draft!r}")
+
+
+def _whole(drafter: Drafter, what: str = "draft") -> Drafter:
+    """``drafter``, if it is one whole: an object with every method of the protocol. Raises ``ConfigError``."""
+    if isinstance(drafter, type):
+        raise ConfigError(
+            f"{what} must be a drafter, got the class {drafter.__name__}; pass an object of it: {drafter.__name__}(...)"
+        )
+    missing = [name for name in METHODS if not callable(getattr(drafter, name, None))]
+    if missing:
+        raise ConfigError(
+            f"{what} must have the methods {', '.join(METHODS)} of a specdec.Drafter, and {type(drafter).__name__} lacks "
+            f"{', '.join(missing)}; add what is missing (its body may be ...), see CONTRIBUTING.md"
+        )
+    return drafter
+
+
+def check_encoder(draft: CachedLM, target: CachedLM) -> None:
+    """Raise ``ConfigError`` for a draft model with an encoder where the target has none."""
+    if draft.encodes and not target.encodes:
+        raise ConfigError(
+            "the draft is an encoder-decoder and the target is not, so there is no source for its encoder to read; "
+            "take a decoder-only draft, or 'suffix'"
+        )
 
 
 def branching(drafter: Drafter | None) -> Drafter:
@@ -152,6 +177,7 @@ def _model_drafter(draft: ModelLike, target: Target, tokenizer: PreTrainedTokeni
     lm = load_lm(draft, dtype=target.dtype, device=target.device)
     if lm is target.lm:
         raise ConfigError("target and draft are the same CachedLM object, and so the same cache; make a second one")
+    check_encoder(lm, target.lm)
     named = isinstance(draft, str | Path)
     folder = checkpoint_directory(str(draft)) if named else getattr(draft, "name_or_path", "")
     return model_drafter(lm, target.lm, target.tokenizer, tokenizer or find_tokenizer(draft), target.vocab_size, folder)

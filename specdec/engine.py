@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from specdec.judge import judge, judge_tree
 from specdec.lm.base import CachedLM
 from specdec.occupied import occupied
 from specdec.output import Output, Piece
+from specdec.precision import each_in_own_precision, is_mixed
 from specdec.requests import Limits, Prompts, Settings, build_requests
 from specdec.rounds import Played
 from specdec.sequences import Request, Row, Sequences, Step
@@ -168,9 +169,9 @@ class Call:
     def steps(self) -> Iterator[Step]:
         """Run to the end, one step at a time. However it ends, the models' caches are left empty."""
         with occupied(self.target, self.drafter):
-            yield from self._steps()
+            yield from each_in_own_precision(self._steps()) if is_mixed() else self._steps()
 
-    def _steps(self) -> Iterator[Step]:
+    def _steps(self) -> Generator[Step]:
         self.controller.decisions = self.stats.control
         started, forward = time.perf_counter(), self.target.forward_seconds
         drafting = _model_seconds(self.drafter)

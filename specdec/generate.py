@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from specdec.checkpoints import ModelLike
+from specdec.checkpoints import ModelLike, TokenizerLike
 from specdec.drafting import DEFAULT, DraftLike
 from specdec.load import load
 from specdec.output import Output, Piece
@@ -20,8 +19,8 @@ def generate(
     prompts: Prompts,
     *,
     draft: DraftLike = DEFAULT,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    draft_tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: TokenizerLike | None = None,
+    draft_tokenizer: TokenizerLike | None = None,
     tree: bool = False,
     dtype: str = "auto",
     draft_dtype: str | None = None,

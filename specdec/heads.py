@@ -24,8 +24,10 @@ from specdec.nn.block import BlockHead
 from specdec.nn.eagle3 import Eagle3Head
 from specdec.nn.gpt import GPT
 from specdec.nn.heads import FeatureHead
+from specdec.places import check_apart, check_folder
 from specdec.training import data
-from specdec.training.head_trainer import HeadReport, HeadSettings, Model, train_head
+from specdec.training.checkpoint import refuse_others
+from specdec.training.head_trainer import REPORT, HeadReport, HeadSettings, Model, train_head
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,14 @@ def train_checkpoint(
 
     draft_vocab_size: guess only so many of the text's most frequent tokens, 0 for all. width: of an EAGLE-3 head's hidden
     state, 0 for the target's; a narrower one drafts faster. Raises what ``load`` and ``train_head`` raise, and
-    ``ConfigError`` when ``out`` is in use and not to be replaced (``fresh``).
+    ``ConfigError`` when ``out`` is in use and not to be replaced (``fresh``), or holds anything but a head.
     """
     if kind not in HEADS:
         raise ConfigError(f"drafter must be one of {', '.join(HEADS)}, got {kind!r}")
     if out is None:
         raise ConfigError("a head needs a folder to be kept in; name it with out (--out)")
+    check_apart(target, out)
+    refuse_others(check_folder(out), lambda folder: (folder / REPORT).is_file())
     if (out / "config.json").exists() and not fresh:
         raise ConfigError(f"{out} exists; choose another folder, or replace what is there with fresh=True (--fresh)")
     model, tokenizer = load_model(target, dtype=dtype, device=device)

@@ -12,15 +12,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from specdec.checkpoints import ModelLike
+from specdec.checkpoints import ModelLike, TokenizerLike, tokenizer_of
 from specdec.draft import Drafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError, PromptError
@@ -53,8 +51,8 @@ logger = logging.getLogger(__name__)
 class SpecDecLM(TemplateLM):
     """An lm-eval model that generates through an ``Engine`` and scores through its target.
 
-    pretrained, draft, tokenizer, dtype, device: those of ``specdec.load``; ``pretrained`` may be an ``Engine``, and
-    ``tokenizer`` a directory or hub id. batch_size: rows at a time, "auto" for the engine's default. max_length: the
+    pretrained, draft, tokenizer, dtype, device: those of ``specdec.load``; ``pretrained`` may be an ``Engine``.
+    batch_size: rows at a time, "auto" for the engine's default. max_length: the
     model's own context by default. max_gen_toks: where a task names none. add_bos_token, prefix_token_id: as in
     lm-eval's ``hf``. seed: of the first request that samples, the next ones count on from it. ``settings`` are fields
     of ``specdec.Settings`` (num_draft_tokens, rule, ...), defaults that a task's generation settings override.
@@ -66,7 +64,7 @@ class SpecDecLM(TemplateLM):
         self,
         pretrained: ModelLike | Engine,
         draft: ModelLike | Drafter | None = None,
-        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        tokenizer: TokenizerLike | None = None,
         dtype: str = "auto",
         device: str = "auto",
         batch_size: int | str = 1,
@@ -82,8 +80,7 @@ class SpecDecLM(TemplateLM):
         self._rows = _rows(batch_size, max_batch_size)
         self._settings = {**settings, "seed": seed, "max_batch_size": self._rows}
         Settings.of(self._settings)  # what is wrong is said before a model is loaded
-        if isinstance(tokenizer, str | Path):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = tokenizer_of(tokenizer)
         if isinstance(pretrained, Engine):
             self.engine = pretrained
         else:

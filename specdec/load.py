@@ -13,6 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from specdec.checkpoints import (
     ModelLike,
+    TokenizerLike,
     checkpoint_directory,
     device_named,
     dtype_named,
@@ -20,6 +21,7 @@ from specdec.checkpoints import (
     is_rounded,
     lm_of,
     load_module,
+    tokenizer_of,
 )
 from specdec.controller import DEFAULT_DRAFT_TOKENS
 from specdec.draft import Drafter
@@ -30,15 +32,17 @@ from specdec.lm.base import CachedLM
 from specdec.lm.native import native_lm
 from specdec.machine import cache_directory, machine
 from specdec.nn.lstm import Trainable
+from specdec.precision import own_precision
 from specdec.tuned import TunedEngine, tuned_for
 
 
+@own_precision()
 def load(
     target: ModelLike,
     *,
     draft: DraftLike = DEFAULT,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    draft_tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: TokenizerLike | None = None,
+    draft_tokenizer: TokenizerLike | None = None,
     tree: bool = False,
     dtype: str = "auto",
     draft_dtype: str | None = None,
@@ -51,6 +55,7 @@ def load(
         ``Drafter``, or None for plain decoding; a model and "suffix" in a list: that where the text repeats itself, the
         model elsewhere; "tuned" or a .json file: what ``specdec tune`` found best, draft lengths too where a call leaves
         them open. See ``specdec.register_drafter`` for names of your own.
+    tokenizer: the target's, or a directory or hub id that has it; by default the one next to its weights.
     draft_tokenizer: that of a draft model, if it is not the one next to its weights. A draft with another tokenizer than
         the target's guesses text, or the tokens that both have; see ``drafters/vocabularies.py``.
     tree: a draft model or feature head proposes trees of tokens, several where it is unsure; ``num_draft_tokens`` counts
@@ -60,11 +65,16 @@ def load(
         ``dtype`` by default. device: "cpu", "cuda", or "auto". None of them applies to models that come as objects:
         those are run as they are.
 
+    The engine of a model that came as an object keeps a packed copy of its weights: after changing them (training goes
+    on, an adapter is merged) call ``load`` again. ``specdec.plugin.generate`` takes the weights as they are in each call.
+
     Raises ``CheckpointError`` (missing or damaged), ``ModelError`` (weights not finite, cannot be run exactly),
     ``VocabularyError`` (target and draft share no token, or a tokenizer is missing), ``ConfigError`` (unknown dtype,
     device or drafter).
     """
     place, wanted = device_named(device), dtype_named(dtype)
+    own = tokenizer_of(tokenizer)
+    drafts_own = tokenizer_of(draft_tokenizer, "draft_tokenizer")
     tuned = tuned_for(draft, target, checkpoint_directory)
     if tuned is not None:
         draft = tuned.draft if len(tuned.draft) > 1 else next(iter(tuned.draft), None)
@@ -73,15 +83,15 @@ def load(
     else:
         model = load_module(target, dtype=wanted, device=place)
         target_lm = lm_of(model, in_bytes=is_rounded(target, wanted))
-    tokenizer = tokenizer or find_tokenizer(target)
-    vocab_size = _real_vocab_size(target_lm, tokenizer)
+    own = own or find_tokenizer(target)
+    vocab_size = _real_vocab_size(target_lm, own)
     drafts = dtype_named(dtype if draft_dtype is None else draft_dtype)
-    drafter = make_drafter(draft, Target(target_lm, model, tokenizer, vocab_size, drafts, place), draft_tokenizer)
+    drafter = make_drafter(draft, Target(target_lm, model, own, vocab_size, drafts, place), drafts_own)
     if tree:
         drafter = branching(drafter)
     make = Engine if tuned is None else partial(TunedEngine, tuned)
     return make(
-        target_lm, drafter, tokenizer=tokenizer, eos_ids=_eos_ids(target, target_lm), vocab_size=vocab_size,
+        target_lm, drafter, tokenizer=own, eos_ids=_eos_ids(target, target_lm), vocab_size=vocab_size,
         costs_file=costs_file(target_lm, drafter),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # files only: no display is needed, or looked for
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from specdec.bench import PARTS, Measurement, kind_of_text
 from specdec.controller import AUTO
@@ -61,13 +62,19 @@ def _acceptance_lines(axes: Axes, groups: Mapping[str, Sequence[Measurement]], c
             positions = range(1, len(m.acceptance_rate_per_position) + 1)
             rates = [100 * rate for rate in m.acceptance_rate_per_position]
             axes.plot(positions, rates, marker="o", color=colours[m.method], label=m.method)
-            axes.set_xticks(positions)
     axes.set_ylim(0, 100)
-    axes.set_xlabel("position in the draft")
+    _label_positions(axes, max((len(m.acceptance_rate_per_position) for m in groups[name]), default=0))
     axes.set_ylabel("accepted up to here, % of drafts")
     axes.set_title(f"acceptance by position\n({' '.join(name.split())})", fontsize=9)
     if axes.lines:
         axes.legend(frameon=False, fontsize=8)
+
+
+def _label_positions(axes: Axes, last: int) -> None:
+    """Whole numbers, from 1 to the ``last`` position, however few there are."""
+    axes.set_xlim(0.5, max(last, 1) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("position in the draft")
 
 
 def draw_sweep(measurements: Sequence[Measurement], path: Path, title: str) -> None:
@@ -105,7 +112,8 @@ def _speed_by_length(axes: Axes, here: Sequence[Measurement], colours: dict[str,
             if m.num_draft_tokens == AUTO:
                 label = None if fixed else family
                 axes.plot(longest + 1, m.tokens_per_second, marker="*", markersize=12, color=colour, label=label)
-    axes.set_xticks(range(longest + 2), [*map(str, range(longest + 1)), AUTO])
+    labels = [*map(str, range(longest + 1)), *([AUTO] if any(m.num_draft_tokens == AUTO for m in here) else [])]
+    axes.set_xticks(range(len(labels)), labels)
     axes.set_xlabel("tokens drafted per step")
     axes.set_ylabel("tokens per second")
     axes.set_ylim(bottom=0)
@@ -140,7 +148,7 @@ def _acceptance_by_position(axes: Axes, here: Sequence[Measurement], colours: di
         places = range(1, len(rates) + 1)
         axes.plot(places, rates, marker="o", markersize=4, color=colours[family], label=m.method)
     axes.set_ylim(0, 103)
-    axes.set_xlabel("position in the draft")
+    _label_positions(axes, max((len(m.acceptance_rate_per_position) for m in longest.values()), default=0))
     axes.set_ylabel("accepted up to here, % of drafts")
     axes.set_title("acceptance by position", fontsize=10)
     if axes.lines:

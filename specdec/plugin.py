@@ -11,6 +11,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +27,13 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from specdec.checkpoints import load_lm
+from specdec.checkpoints import TokenizerLike, checkpoint_directory, find_tokenizer, load_lm, tokenizer_of
 from specdec.controller import AUTO
 from specdec.draft import Drafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.vocabularies import model_drafter
+from specdec.drafting import NAMES, DraftLike, Target, check_encoder, make_drafter
 from specdec.engine import Call, Engine
 from specdec.errors import ConfigError, PromptError
 from specdec.lm.base import CachedLM
@@ -40,6 +43,7 @@ from specdec.requests import Settings
 from specdec.sampling import MAX_DRAFT_TOKENS, Filters
 from specdec.sequences import Request, Row
 from specdec.stats import Stats
+from specdec.tuned import tuned_for
 
 HF_DRAFT_TOKENS = 20  # transformers' default for ``num_assistant_tokens``, found in calls that do not set it
 # Arguments of a model's forward pass that ``_sample`` is given and that rows of ours need not be told.
@@ -75,8 +79,8 @@ class Door:
         tokenizer: PreTrainedTokenizerBase | None = None,
         call_streamer: BaseStreamer | None = None,
         inputs_tensor: Tensor | None = None,
-        draft: PreTrainedModel | Drafter | None = None,
-        draft_tokenizer: PreTrainedTokenizerBase | None = None,
+        draft: DraftLike = None,
+        draft_tokenizer: TokenizerLike | None = None,
         num_draft_tokens: int | str | None = None,
         rule: str = "coupled",
         seed: int | None = None,
@@ -86,12 +90,13 @@ class Door:
 
         The drafter is ``draft`` or ``assistant_model`` (a model; with another vocabulary than the target's it takes
         ``tokenizer`` and ``draft_tokenizer`` or ``assistant_tokenizer``), or suffix decoding (with
-        ``prompt_lookup_num_tokens``, and when neither is given). ``draft`` is the way around transformers' own refusal
-        of ``num_return_sequences`` with an assistant. ``seed`` of None draws one from torch's global generator, so that
-        ``torch.manual_seed`` repeats a call. ``rule``: see ``specdec.Settings``.
+        ``prompt_lookup_num_tokens``, and when neither is given). ``draft`` may be whatever ``specdec.load`` takes, tuned
+        settings left out; what a path names is loaded in every call. It is also the way around transformers' own
+        refusal of ``num_return_sequences`` with an assistant. ``seed`` of None draws one from torch's global generator,
+        so that ``torch.manual_seed`` repeats a call. ``rule``: see ``specdec.Settings``.
 
-        Raises ``ConfigError`` for what cannot be honoured exactly: beams, attentions or hidden states as output,
-        guidance, a cache that is not empty, other inputs of the model's forward pass.
+        Raises ``ConfigError`` for what cannot be honoured exactly: beams, contrastive search, DoLa, attentions or
+        hidden states as output, guidance, a cache that is not empty, other inputs of the model's forward pass.
         """
         config = generation_config
         _check(config, synced_gpus, input_ids, model_kwargs)
@@ -99,8 +104,7 @@ class Door:
         drafter = _drafter(
             draft if draft is not None else assistant_model,
             config,
-            target,
-            tokenizer,
+            Target(target, model, tokenizer, target.vocab_size, None, target.device),
             draft_tokenizer if draft_tokenizer is not None else assistant_tokenizer,
         )
         count = num_draft_tokens if num_draft_tokens is not None else _count(config, assistant_model)
@@ -150,6 +154,8 @@ def _check(config: GenerationConfig, synced_gpus: bool, input_ids: Tensor, model
         "output_attentions": bool(config.return_dict_in_generate and config.output_attentions),
         "output_hidden_states": bool(config.return_dict_in_generate and config.output_hidden_states),
         "guidance_scale": config.guidance_scale not in (None, 1.0),
+        "penalty_alpha with top_k (contrastive search)": _is_contrastive(config),
+        "dola_layers": getattr(config, "dola_layers", None) is not None,
         "synced_gpus": synced_gpus,
         "assistant_early_exit": config.assistant_early_exit is not None,
         "inputs_embeds without input_ids": input_ids.shape[1] == 0,
@@ -168,6 +174,12 @@ def _check(config: GenerationConfig, synced_gpus: bool, input_ids: Tensor, model
         )
 
 
+def _is_contrastive(config: GenerationConfig) -> bool:
+    """Whether transformers takes the call for contrastive search."""
+    alpha = getattr(config, "penalty_alpha", None) or 0
+    return not config.do_sample and alpha > 0 and (config.top_k or 0) > 1
+
+
 def _are_usual_positions(input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
     """Whether positions are those that transformers derives from the mask."""
     given = model_kwargs.get("position_ids")
@@ -184,19 +196,30 @@ def _is_zero(value: Any) -> bool:
 
 
 def _drafter(
-    draft: PreTrainedModel | Drafter | None,
-    config: GenerationConfig,
-    target: CachedLM,
-    tokenizer: PreTrainedTokenizerBase | None,
-    draft_tokenizer: PreTrainedTokenizerBase | None,
+    draft: DraftLike, config: GenerationConfig, target: Target, draft_tokenizer: TokenizerLike | None
 ) -> Drafter:
+    """What ``draft`` is or names, and suffix decoding beside it where the call asks for prompt lookup."""
     if draft is None:
         return SuffixDrafter()
+    drafter = _named_drafter(draft, target, tokenizer_of(draft_tokenizer, "draft_tokenizer"))
+    looks_up = isinstance(drafter, SuffixDrafter | HybridDrafter)
+    return drafter if config.prompt_lookup_num_tokens is None or looks_up else HybridDrafter(drafter, SuffixDrafter())
+
+
+def _named_drafter(draft: DraftLike, target: Target, draft_tokenizer: PreTrainedTokenizerBase | None) -> Drafter:
+    """As ``load`` makes it; for a model, which may come with every call, no tokenizers are looked for."""
     if isinstance(draft, torch.nn.Module):
         lm = load_lm(draft)
+        check_encoder(lm, target.lm)
         folder = getattr(draft, "name_or_path", "")
-        draft = model_drafter(lm, target, tokenizer, draft_tokenizer, target.vocab_size, folder)
-    return HybridDrafter(draft, SuffixDrafter()) if config.prompt_lookup_num_tokens is not None else draft
+        return model_drafter(lm, target.lm, target.tokenizer, draft_tokenizer, target.vocab_size, folder)
+    tuned_for(draft, target.model, checkpoint_directory)  # refuses these: they are a checkpoint's, and this is a model
+    parts = draft if isinstance(draft, list | tuple) else [draft]
+    if target.tokenizer is None and any(isinstance(part, str | Path) and part not in NAMES for part in parts):
+        target = replace(target, tokenizer=find_tokenizer(target.model))
+    drafter = make_drafter(draft, target, draft_tokenizer)
+    assert drafter is not None, "only None stands for no drafter"
+    return drafter
 
 
 def _count(config: GenerationConfig, assistant: PreTrainedModel | None) -> int | str:

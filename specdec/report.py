@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.bench import PARTS, Measurement, kind_of_text
+from specdec.bench import PARTS, PLAIN, Measurement, kind_of_text
 from specdec.limit import Limit
 from specdec.machine import machine
 from specdec.picture import draw_sweep
@@ -78,10 +78,11 @@ class Report:
         found = []
         for batch, temperature in self._cells():
             best = self._fastest(batch, temperature)
-            found.append(
-                f"Batch {batch}, {kind_of_text(temperature)}: {best.method} is fastest, "
-                f"{best.tokens_per_second:.0f} tokens/s, {best.speedup:.2f}x plain decoding."
-            )
+            name, ratio = best.method, f", {best.speedup:.2f}x plain decoding"
+            if name == PLAIN:
+                name, ratio = "plain decoding", ""
+            speed = f"{best.tokens_per_second:.0f} tokens/s"
+            found.append(f"Batch {batch}, {kind_of_text(temperature)}: {name} is fastest, {speed}{ratio}.")
         return [*found, *self._limit_lines()]
 
     def _limit_lines(self) -> list[str]:

@@ -139,7 +139,7 @@ class Stats:
         positions = " ".join(f"{rate:.0%}" for rate in self.acceptance_rate_per_position)
         seconds = (
             f"prefill {self.prefill_seconds:.2f}, draft {self.draft_seconds:.2f}, "
-            f"verify {self.verify_seconds:.2f}, overhead {self.overhead_seconds:.2f}"
+            f"verify {self.verify_seconds:.2f}, bookkeeping {self.overhead_seconds:.2f}"
         )
         return [
             ("requests", str(self.num_requests)),

@@ -11,6 +11,7 @@ from specdec.bench import PLAIN, Measurement
 from specdec.checkpoints import checkpoint_directory
 from specdec.controller import AUTO
 from specdec.errors import ConfigError
+from specdec.places import check_file
 from specdec.tuned import FILE, LOOKUP, Choice, Tuned, fingerprint
 
 CLEARLY = 1.03  # how much faster than a length chosen as it goes a fixed one must be
@@ -48,6 +49,7 @@ def place(model: str, out: Path | None) -> Path:
     if out is not None:
         if not out.resolve().parent.is_dir() or out.suffix != ".json":
             raise ConfigError(f"--out must be a .json file in a folder that exists, got {out}")
+        check_file(out)
         return out
     directory = Path(model).expanduser()
     if not directory.is_dir():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Sequence
 
 import pytest
+from rich.console import Console
 
 from specdec import Stats, bench
-from specdec.bench import Method, Run
+from specdec.bench import Measurement, Method, Run
 
 
 def method(seconds: list[float], tokens: int = 10) -> Method:
@@ -77,6 +80,24 @@ def test_the_distance_to_the_limit_is_that_of_runs_and_what_was_measured_beside_
     assert (found.bytes_per_second, found.bytes_per_pass) == (2e9, 4e8)
     (alone,) = bench.summaries({"plain": [at(1.0)]})
     assert (alone.bytes_per_second, alone.bytes_per_pass) == (None, None)
+
+
+def test_the_table_fits_into_80_columns() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    name = "a method with 28 letters, so"
+    given = [Measurement(name, 16, 0.7, 12345.6, 12.34, 1, 1, 3, 1.0, 12.34, overhead_share=1.0)] * 2
+    console.print(bench.table(given, "title"))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    cells = [name, "16", "0.7", "12346", "12.34x", "100%", "12.34", "100%"]
+    assert [re.split(" +", line.removeprefix(name).strip()) for line in text.splitlines() if name in line] == [
+        cells[1:]
+    ] * 2
+    assert "bookkeeping" in text and "overhead" not in text
+
+
+def test_one_round_has_no_median() -> None:
+    assert (bench.medians_of(1), bench.medians_of(3)) == ("one round", "medians of 3 rounds")
 
 
 def test_the_batch_size_is_the_prompts() -> None:

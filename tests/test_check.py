@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -185,6 +187,29 @@ def test_what_says_nothing_does_not_pass() -> None:
     silent = SuffixDrafter(factor=1e-9)  # and a drafter that never guesses tests nothing
     found = greedy_texts(subject(silent), PROMPTS)
     assert not found.passed and "nothing was drafted" in found.detail and lawful(silent) == [False] * 3
+
+
+def shown(report: CheckReport) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.table())
+    return console.export_text()
+
+
+def test_what_was_not_tested_is_not_called_wrong() -> None:
+    report = report_of(SuffixDrafter(factor=1e-9))
+    untested = [one.name for one in report.findings if not one.tested]
+    assert not report.passed and len(untested) == 13 and not any("log-prob" in name for name in untested)
+    assert "NO" not in shown(report) and "take prompts that the drafter" in shown(report)
+    assert shown(report).count("not tested") == 13 + 1  # what to do about it
+    wrong = shown(report_of(WrongLaw(DRAFTERS["model"]())))
+    assert "NO" in wrong and "not tested" not in wrong
+
+
+def test_a_wrong_text_without_drafts_is_still_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = subject(SuffixDrafter(factor=1e-9), Rounding(TARGET, 0.0))
+    monkeypatch.setattr(Subject, "rounding", lambda self, logits: torch.full(logits.shape[:1], -1.0))
+    found = greedy_texts(silent, PROMPTS)
+    assert found.tested and not found.passed
 
 
 def llama(seed: int) -> LlamaForCausalLM:

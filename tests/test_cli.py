@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 from specdec import __version__, bench
 from specdec.cli import app, main
+from specdec.errors import ConfigError, SpecDecError
+from specdec.training import trainer
 from specdec.tuned import Choice, Tuned, fingerprint, read_tuned
 from test_peers import openvino
 
@@ -141,4 +144,164 @@ def test_a_mistake_is_one_clear_line(
         main()
     error = capsys.readouterr().err
     assert exit_info.value.code == 2
-    assert said in error and "Traceback" not in error
+    assert said in error and "Traceback" not in error and error.count("\n") == 1
+
+
+def refused(*arguments: object) -> str:
+    """What the command says on refusing these arguments."""
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    assert isinstance(result.exception, SpecDecError), result.output
+    return str(result.exception)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def target(tiny_pair: Path, tmp_path: Path) -> Path:
+    """A copy, as commands that fail here could overwrite it."""
+    return Path(shutil.copytree(tiny_pair / "target", tmp_path / "target"))
+
+
+TRAINERS = [["distill"], ["train", "--drafter", "eagle3"], ["train", "--drafter", "block", "--fresh"]]
+
+
+@pytest.mark.parametrize("command", TRAINERS)
+def test_the_target_is_never_overwritten(
+    command: list[str], target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, link = contents(target), tmp_path / "link"
+    link.symlink_to(target)
+    monkeypatch.chdir(target)
+    for out in (target, link, tmp_path / "x/../target", "."):
+        assert "another folder than the model's" in refused(*command, target, "--out", out)
+    assert "another folder than the model's" in refused(*command, ".", "--out", target)
+    assert contents(target) == before and link.is_symlink()
+
+
+@pytest.mark.parametrize("command", TRAINERS)
+def test_a_folder_of_something_else_is_never_deleted(command: list[str], target: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "thesis").mkdir(parents=True)
+    (out / "thesis/chapter.tex").write_text("years of work")
+    assert "is not empty and was not written by a training run" in refused(*command, target, "--out", out)
+    (out / "manifest.json").write_text('{"training.json": {}, "README.md": {}}')
+    (out / "training.json").write_text("{}")
+    (out / "README.md").write_text("It was distilled by [specdec]")
+    assert "holds thesis, which no training run wrote" in refused(*command, target, "--out", out)
+    assert (out / "thesis/chapter.tex").read_text() == "years of work"
+    pair = shutil.copytree(target, tmp_path / "pair/draft")
+    assert "was not written by a training run like this one" in refused(*command, target, "--out", pair)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(1500)))
+    return file
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["distill", "--max-tokens", "300", "--draft-shape", "tiny"], ["train", "--drafter", "eagle3", "--tokens", "1"]],
+)
+def test_a_folder_of_its_own_is_replaced_and_links_are_followed(
+    command: list[str], target: Path, text: Path, tmp_path: Path
+) -> None:
+    real, out = tmp_path / "real", tmp_path / "out[red]"
+    real.mkdir()
+    out.symlink_to(real)
+    for fresh in ([], ["--fresh"]):
+        result = runner.invoke(app, [*command, str(target), "--data", str(text), "--out", str(out), *fresh])
+        assert result.exit_code == 0, result.output
+        assert "out[red]" in result.output
+        assert out.is_symlink() and (real / "config.json").is_file()
+    (real / "mine.txt").write_text("notes")
+    assert "holds mine.txt, which no training run wrote" in refused(*command, target, "--out", out, "--fresh")
+
+
+def test_places_that_cannot_be_written_to_are_refused_before_any_work(tmp_path: Path) -> None:
+    """Nothing of the model is looked at: there is none."""
+    file, recipe = tmp_path / "file", Path(__file__).parents[1] / "models/tiny.toml"
+    file.write_text("mine")
+    for command in (*TRAINERS, ["bench"]):
+        for out in (file, file / "below"):
+            assert "--out must be a folder" in refused(*command, "/nowhere", "--out", out)
+    assert "--out must be a folder" in refused("train", recipe, "--out", file)
+    for command, option in ((["check", "/nowhere"], "--out"), (["demo"], "--picture")):
+        assert f"{option} must be a file in a folder that exists" in refused(*command, option, tmp_path / "no/x.png")
+        assert f"{option} must be a file, got" in refused(*command, option, tmp_path)
+    assert "--picture must end in one of" in refused("demo", "--picture", tmp_path / "x.gif2")
+    (tmp_path / "x.json").mkdir()
+    assert "--out must be a file, got" in refused("tune", "/nowhere", "--out", tmp_path / "x.json")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--seconds=600", "--tokens=1", "--data=x", "--on-policy=0", "--dtype=auto", "--device=cpu", "--width=0",
+     "--draft-vocab-size=9"],
+)  # fmt: skip
+def test_options_of_heads_are_refused_with_a_recipe(option: str) -> None:
+    assert f"{option.split('=')[0]} goes with --drafter only" in refused("train", "/nowhere.toml", option)
+
+
+def test_the_help_says_what_goes_with_drafter() -> None:
+    shown = runner.invoke(app, ["train", "--help"]).output.partition("Only with --drafter")[2]
+    assert all(option in shown for option in ("--seconds", "--tokens", "--data", "--width", "--dtype"))
+    assert "--fresh" not in shown
+
+
+def test_prompt_files_that_are_no_text_are_refused(tiny_pair: Path, tmp_path: Path) -> None:
+    target, latin, binary = tiny_pair / "target", tmp_path / "latin.txt", tmp_path / "binary"
+    latin.write_bytes("na\u00efve".encode("latin-1"))
+    binary.write_bytes(bytes(range(256)))
+    for file in (latin, binary, tmp_path, tmp_path / "none.txt"):
+        for command in ("generate", "bench"):
+            assert f"{file} cannot be read as text" in refused(command, target, "--prompt-file", file)
+
+
+def test_brackets_are_no_markup(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for model in ("/no/[where]", "/no/[/red]"):
+        monkeypatch.setattr(sys, "argv", ["specdec", "generate", model, "--prompt", "x"])
+        with pytest.raises(SystemExit):
+            main()
+        assert model in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["--3", "-", "1.5", "many"])
+def test_draft_lengths_that_are_none_are_refused(given: str, tiny_pair: Path) -> None:
+    said = refused("generate", tiny_pair / "target", "--prompt", "x", f"--num-draft-tokens={given}")
+    assert f'or "auto", got {given!r}' in said
+
+
+def test_a_finished_recipe_says_that_it_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, out = Path(__file__).parents[1] / "models/tiny.toml", tmp_path / "pair [2]"
+    monkeypatch.setattr(trainer, "_finished", lambda out, identity: object())
+    result = runner.invoke(app, ["train", str(recipe), "--out", str(out)])
+    assert result.exit_code == 0
+    said = " ".join(result.stderr.split())
+    assert "tiny is trained already, see" in said and "; --fresh trains it anew" in said and "0%" not in said
+
+
+def test_check_uses_as_many_prompts_as_it_is_told(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def spy(engine: Any, *, prompts: Any, **settings: Any) -> Any:
+        seen.append(prompts)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(sys.modules["specdec.check"], "check", spy)
+    assert refused("check", tiny_pair / "target", "--prompts", "3") == "seen"
+    assert refused("check", tiny_pair / "target") == "seen"
+    assert [len(prompt) for prompt in seen[0]] == [128] * 3 and seen[1] is None
+
+
+def test_generate_slides_past_the_context(tiny_pair: Path) -> None:
+    context = json.loads((tiny_pair / "target/config.json").read_text())["max_position_embeddings"]
+    command = ["generate", str(tiny_pair / "target"), "--prompt", "a b " * context, "--max-new-tokens", "4"]
+    assert 'context="slide"' in refused(*command)
+    result = runner.invoke(app, [*command, "--context", "slide"])
+    assert result.exit_code == 0 and result.stdout
+    assert "context must be one of" in refused(*command, "--context", "roll")

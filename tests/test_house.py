@@ -16,7 +16,7 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # Lowest first. A module may import those of lower layers and of its own; a package stands for all its modules.
 LAYERS = [
-    ["errors", "machine", "limit", "compiled", "graphs"],
+    ["errors", "machine", "places", "limit", "compiled", "graphs", "precision"],
     ["draws"],
     ["sampling"],
     ["processors"],
@@ -56,6 +56,7 @@ LAYERS = [
     ["heads"],
     ["widen"],
     ["demo"],
+    ["options"],
     ["cli"],
     ["__main__"],
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from specdec import ConfigError, Drafter, Engine
@@ -15,6 +16,7 @@ from specdec.drafters.own import SelfDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.tree import TreeDrafter
 from specdec.lm.base import CachedLM
+from specdec.lm.native import NativeLM
 from specdec.sequences import Step
 from toys import native, noisy, tiny_gpt
 
@@ -131,3 +133,16 @@ def test_the_last_piece_of_a_bad_request_says_why() -> None:
     (bad,) = [piece for piece in pieces if piece.index == 1]
     assert bad.finish_reason == "error" and "prompt 1 is empty" in str(bad.error)
     assert all(piece.error is None for piece in pieces if piece.index == 0)
+
+
+@pytest.mark.parametrize("kind", [native, NativeLM])
+def test_mixed_precision_around_a_call_changes_nothing(kind: Callable[..., CachedLM]) -> None:
+    engine = Engine(kind(tiny_gpt(0)), ModelDrafter(kind(noisy(tiny_gpt(0), 0.015))))
+    expected = engine.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = engine.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
+        stream = engine.stream(PROMPTS, max_new_tokens=NEW)
+        next(stream)
+        assert torch.is_autocast_enabled("cpu"), "for whoever takes the pieces"
+        stream.close()
+    assert found.token_ids == expected.token_ids and found.logprobs == expected.logprobs

@@ -25,6 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import specdec
@@ -156,6 +158,17 @@ def test_a_model_without_a_tokenizer_takes_token_ids(gpt: GPT, tmp_path: Path) -
     assert found.generate([[1]], max_new_tokens=3).texts is None
     given = specdec.load(tmp_path / "bare", tokenizer=make_tokenizer(WORDS))
     assert given.generate("w1", max_new_tokens=3).texts is not None
+
+
+def test_a_tokenizer_may_be_named(gpt: GPT, saved: Path, tmp_path: Path) -> None:
+    make_tokenizer(WORDS).save_pretrained(tmp_path / "alone")
+    for given in (saved, str(saved), tmp_path / "alone", make_tokenizer(WORDS)):
+        engine = specdec.load(gpt, draft=tiny_gpt(1, vocab_size=VOCAB), tokenizer=given, draft_tokenizer=given)
+        assert engine.generate("w1", max_new_tokens=3).texts is not None and type(engine.drafter) is ModelDrafter
+    for setting in ("tokenizer", "draft_tokenizer"):
+        refuse(ConfigError, f"{setting} must be a transformers tokenizer, .*got 3", gpt, draft=gpt, **{setting: 3})
+        refuse(CheckpointError, f"{setting}=.*holds no tokenizer", gpt, draft=gpt, **{setting: tmp_path})
+        refuse(CheckpointError, "no checkpoint at", gpt, draft=gpt, **{setting: "./nowhere"})
 
 
 def test_ends_of_text_come_from_the_generation_config_or_the_config(copied: Path) -> None:
@@ -363,6 +376,30 @@ def test_huge_finite_weights_are_not_taken_for_infinite(gpt: GPT) -> None:
 )
 def test_unknown_dtypes_devices_and_drafters_are_refused(saved: Path, settings: Any, pattern: str) -> None:
     refuse(ConfigError, pattern, saved, **settings)
+
+
+class Half:
+    """Two of the five methods."""
+
+    propose = SuffixDrafter.propose
+    observe = SuffixDrafter.observe
+    free = None
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_drafter_that_is_not_whole_is_refused(gpt: GPT) -> None:
+    refuse(ConfigError, "got the class SuffixDrafter; pass an object of it: SuffixDrafter", gpt, draft=SuffixDrafter)
+    for draft in (Half(), [gpt, Half()]):
+        refuse(ConfigError, "Half lacks reserve, copy, free; add", gpt, draft=draft)
+    for made in (Half(), None, SuffixDrafter):
+        specdec.register_drafter("mine", lambda target, made=made: made)  # type: ignore[misc]
+        refuse(ConfigError, "what 'mine' stands for must", gpt, draft="mine")
+
+
+def test_an_encoder_decoder_drafts_for_nothing_else(gpt: GPT) -> None:
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB}
+    draft = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)).eval()
+    refuse(ConfigError, "draft is an encoder-decoder and the target is not", gpt, draft=draft)
 
 
 def test_things_that_are_no_model_are_refused() -> None:

@@ -34,7 +34,7 @@ from transformers import (
 import specdec
 from specdec.checkpoints import load_lm
 from specdec.drafters.model import ModelDrafter
-from specdec.errors import ConfigError, PromptError, VocabularyError
+from specdec.errors import CheckpointError, ConfigError, PromptError, VocabularyError
 
 VOCAB, PAD, EOS, NEW = 50, 0, 3, 24
 SHAPE = {"vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 1, "initializer_range": 0.4}
@@ -351,6 +351,47 @@ def test_a_partial_call_may_carry_the_draft(target: LlamaForCausalLM, draft: Lla
     assert torch.equal(ours, target.generate(**batch(3), max_new_tokens=NEW, do_sample=False))
 
 
+def test_a_draft_may_be_whatever_load_takes(target: LlamaForCausalLM, draft: LlamaForCausalLM, tmp_path: Path) -> None:
+    draft.save_pretrained(tmp_path)
+    lm = load_lm(disturbed(target))
+    for given in (
+        str(tmp_path),
+        tmp_path,
+        "suffix",
+        lm,
+        ModelDrafter(lm),
+        [str(tmp_path), "suffix"],
+        [draft, "suffix"],
+    ):
+        for lookup in ({}, {"prompt_lookup_num_tokens": 4}):
+            theirs, ours = both(target, batch(3), {"draft": given, **lookup})
+            assert torch.equal(ours, theirs)
+            stats = specdec.plugin.generate.stats
+            assert stats is not None and stats.num_draft_tokens > 0
+
+
+def test_a_draft_that_is_none_is_refused(target: LlamaForCausalLM) -> None:
+    for given, match in (
+        (3, "draft must be a path, a hub id, a model, a Drafter, None or one of.*suffix.*got 3"),
+        (ModelDrafter, "got the class ModelDrafter; pass an object of it"),
+        (["suffix", "suffix"], "a list of drafters"),
+        ("tuned", "tuned settings hold for the checkpoint"),
+        (t5(), "draft is an encoder-decoder and the target is not"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            target.generate(**batch(1), max_new_tokens=4, custom_generate=specdec.plugin.generate, draft=given)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        target.generate(**batch(1), max_new_tokens=4, custom_generate=specdec.plugin.generate, draft="./nowhere")
+    with pytest.raises(ConfigError, match="draft_tokenizer must be a transformers tokenizer.*got 3"):
+        target.generate(
+            **batch(1), max_new_tokens=4, custom_generate=specdec.plugin.generate, draft=target, draft_tokenizer=3
+        )
+
+
+def test_penalty_alpha_that_transformers_ignores_is_no_reason(target: LlamaForCausalLM) -> None:
+    assert sample(target, {}, penalty_alpha=0.6).shape[0] == 3  # contrastive search is greedy
+
+
 def test_what_cannot_be_honoured_is_refused(target: LlamaForCausalLM, draft: LlamaForCausalLM) -> None:
     def refuse(kind: type[Exception], match: str, model: PreTrainedModel = target, **settings: Any) -> None:
         inputs = {**batch(2), **{name: settings.pop(name) for name in ("position_ids",) if name in settings}}
@@ -358,6 +399,8 @@ def test_what_cannot_be_honoured_is_refused(target: LlamaForCausalLM, draft: Lla
             model.generate(**inputs, **{"max_new_tokens": 4, **settings}, custom_generate=specdec.plugin.generate)
 
     refuse(ConfigError, "num_beams", num_beams=2)
+    refuse(ConfigError, r"penalty_alpha with top_k \(contrastive search\)", penalty_alpha=0.6, top_k=4)
+    refuse(ConfigError, "dola_layers", dola_layers="low")
     refuse(ConfigError, "output_attentions", output_attentions=True, return_dict_in_generate=True)
     refuse(ConfigError, "output_hidden_states", output_hidden_states=True, return_dict_in_generate=True)
     refuse(
@@ -432,6 +475,21 @@ def test_stop_strings_with_an_assistant(trained: Any) -> None:
         ours = target.generate(**inputs, **settings, do_sample=False, custom_generate=specdec.plugin.generate, **door)
         assert torch.equal(ours, theirs)
         assert ours.shape[1] < width + 40
+
+
+def test_a_drafts_path_brings_the_tokenizers(trained: Any, tmp_path: Path) -> None:
+    """Heads of different widths are told apart by them."""
+    target, draft, tokenizer = trained
+    wider = copy.deepcopy(draft)
+    wider.resize_token_embeddings(draft.config.vocab_size + 8)
+    for part in (wider, tokenizer):
+        part.save_pretrained(tmp_path)
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    theirs, ours = both(target, inputs, {"draft": str(tmp_path)})
+    assert torch.equal(ours, theirs)
+    stats = specdec.plugin.generate.stats
+    assert stats is not None and stats.num_accepted_tokens > 0
 
 
 def test_a_pipeline_goes_through_the_door(trained: Any) -> None:

@@ -7,8 +7,13 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
 from specdec.bench import Measurement
 from specdec.limit import Limit
+from specdec.picture import COLOURS, _acceptance_by_position, _acceptance_lines, _speed_by_length
 from specdec.report import Report
 
 
@@ -57,7 +62,33 @@ def test_all_forms_are_written_and_hold_the_figures(tmp_path: Path) -> None:
 def test_sentences_name_the_fastest_and_the_distance_to_the_limit() -> None:
     assert report().lines() == [
         "Batch 1, greedy: <b>|x auto is fastest, 20 tokens/s, 2.00x plain decoding.",
-        "Batch 1, T=1: plain is fastest, 12 tokens/s, 1.20x plain decoding.",
+        "Batch 1, T=1: plain decoding is fastest, 12 tokens/s.",
         "Limit: memory gives 1.0 GB/s and a pass reads 10.0 MB of weights, so 100 passes/s at most.",
         "Plain decoding, batch 1, greedy: 25 passes/s, 25% of the limit.",
     ]
+
+
+def ticks(axes: Axes) -> list[float]:
+    """Those in view."""
+    low, high = axes.get_xlim()
+    return [place for place in axes.get_xticks() if low <= place <= high]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 40])
+def test_positions_are_whole_numbers(count: int) -> None:
+    found = [measured(f"x k={k}", 10.0, acceptance_rate_per_position=[0.5] * k) for k in (count, 1)]
+    _, (one, other) = plt.subplots(1, 2)
+    _acceptance_by_position(one, found, {"x": COLOURS[0]})
+    _acceptance_lines(other, {"here": found}, dict.fromkeys([m.method for m in found], COLOURS[0]))
+    for axes in (one, other):
+        assert ticks(axes) and all(place == int(place) and 1 <= place <= count for place in ticks(axes))
+        assert axes.get_xlim()[1] > count
+    plt.close()
+
+
+def test_auto_is_a_length_only_where_it_was_measured() -> None:
+    for methods, expected in ((["plain", "x k=2"], "012"), (["plain", "x k=2", "x auto"], ["0", "1", "2", "auto"])):
+        _, axes = plt.subplots()
+        _speed_by_length(axes, [measured(name, 10.0) for name in methods], {"plain": COLOURS[0], "x": COLOURS[1]})
+        assert [label.get_text() for label in axes.get_xticklabels()] == list(expected)
+        plt.close()

@@ -100,7 +100,7 @@ def test_the_printed_table_has_every_figure() -> None:
     text = str(stats)
     for value in (
         "4", "80", f"{stats.acceptance_rate:.1%}", f"({stats.num_accepted_tokens}/{stats.num_draft_tokens})",
-        f"{stats.mean_acceptance_length:.2f}", f"{stats.acceptance_rate_per_position[0]:.0%}", "prefill", "overhead",
+        f"{stats.mean_acceptance_length:.2f}", f"{stats.acceptance_rate_per_position[0]:.0%}", "prefill", "bookkeeping",
     ):  # fmt: skip
         assert value in text
     assert max(map(len, text.splitlines())) <= 80

@@ -14,6 +14,7 @@ tags: [specdec, speculative-decoding]
 ---
 
 """
+DISTILLED = "It was distilled by [specdec]"
 _CAUTION = "The model repeats what it has read, and nothing was done to make its text true, safe or free of bias."
 
 
@@ -50,7 +51,7 @@ def draft_card(target: str, kind: str, parameters: int, trained: str, figures: l
     return f"""{_HEAD}# A draft for {target}
 
 {kind} language model of {parameters:,} parameters that guesses what `{target}` will say, for speculative
-decoding. It was distilled by [specdec](https://pypi.org/project/specdec/) and is of little use alone.
+decoding. {DISTILLED}(https://pypi.org/project/specdec/) and is of little use alone.
 
 ## Trained on
 

@@ -22,11 +22,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from specdec.drafters.tokenmap import VOCABULARY_FILE, TokenMap
-from specdec.errors import CheckpointError
+from specdec.errors import CheckpointError, ConfigError
 from specdec.nn.gpt import state_to_hf
 from specdec.nn.lstm import LSTM, Trainable
 
 MANIFEST, STATE, META = "manifest.json", "state.safetensors", "meta.json"
+_UNLISTED = {"additional_chat_templates"}  # the only folder that tokenizers write; manifests name files
 KEEP = 2  # the newest may turn out damaged
 
 
@@ -125,8 +126,9 @@ def _steps(folder: Path) -> list[Path]:
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a new folder, flush it with its manifest, and put it at ``path`` in one rename.
 
-    A folder that is there already stays until the new one is complete.
+    A folder that is there already stays until the new one is complete; a link to one is followed.
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -143,6 +145,32 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     os.replace(temporary, path)
     _flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_others(folder: Path, ours: Callable[[Path], bool]) -> None:
+    """Raise ConfigError where replacing ``folder`` would delete more than what a run that ``ours`` knows has written."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    listed = _listed(folder)
+    if not listed or not ours(folder):
+        raise ConfigError(
+            f"{folder} is not empty and was not written by a training run like this one, which would delete what is in "
+            "it; choose another output folder"
+        )
+    others = sorted(path.name for path in folder.iterdir() if path.name not in {*listed, MANIFEST, *_UNLISTED})
+    if others:
+        raise ConfigError(
+            f"{folder} holds {', '.join(others[:5])}, which no training run wrote and this one would delete; move it "
+            "away, or choose another output folder"
+        )
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files that the folder's manifest names; none without a manifest that can be read."""
+    try:
+        return set(json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def _seal(folder: Path) -> None:

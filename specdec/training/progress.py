@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 _REFRESH_PER_SECOND = 2
@@ -26,7 +27,7 @@ class TrainingProgress:
             refresh_per_second=_REFRESH_PER_SECOND,
             disable=not visible,
         )
-        self._task = self._bar.add_task(title, total=1.0, status="")
+        self._task = self._bar.add_task(escape(title), total=1.0, status="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -40,6 +41,11 @@ class TrainingProgress:
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         self.console.print(message, highlight=False, markup=False)
+
+    def end(self, message: str) -> None:
+        """Print a line instead of the bar."""
+        self._bar.update(self._task, visible=False)
+        self.say(message)
 
     def update(self, progress: float, *, losses: tuple[float, float], tokens_per_second: float, seconds: float) -> None:
         """Show ``progress`` in [0, 1] with the losses of target and draft; ``seconds`` were spent so far."""

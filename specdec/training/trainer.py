@@ -26,6 +26,7 @@ from specdec.errors import CheckpointError, ConfigError, ModelError
 from specdec.machine import fast_dtype
 from specdec.nn.gpt import GPT
 from specdec.nn.lstm import LSTM, Trainable
+from specdec.places import check_folder
 from specdec.training import checkpoint as files
 from specdec.training import data
 from specdec.training.cards import pair_card
@@ -59,6 +60,7 @@ def train(
     its checkpoints are damaged, ModelError when a loss is not finite.
     """
     start = time.monotonic()
+    check_folder(out)
     parallel = Parallel(recipe.train, out)
     with TrainingProgress(f"training {recipe.name}", visible=progress and parallel.main) as bar:
         source = asdict(recipe.data)
@@ -66,6 +68,7 @@ def train(
         identity = f"{recipe.fingerprint()[:32]}-{corpus.fingerprint()[:32]}"
         parallel.once(lambda: _prepare(out, resume))
         if (finished := parallel.once(lambda: _finished(out, identity))) is not None:
+            bar.end(f"{recipe.name} is trained already, see {out}; --fresh trains it anew")
             return finished
         run = Run(recipe, corpus, identity, start, parallel, out, decode)
         run.resume(bar)
