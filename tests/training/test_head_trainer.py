@@ -196,8 +196,8 @@ def test_what_cannot_be_trained_is_refused(target: Path, text: Path, tmp_path: P
     with pytest.raises(ConfigError, match="name it with out"):
         train_checkpoint(str(target), "eagle3", None, "stdlib", TINY)
     with pytest.raises(ConfigError, match="draft_vocab_size must be from 0 to"):
-        train_checkpoint(str(target), "eagle3", tmp_path, str(text), TINY, draft_vocab_size=10**6)
+        train_checkpoint(str(target), "eagle3", tmp_path / "head", str(text), TINY, draft_vocab_size=10**6)
     with pytest.raises(ConfigError, match="leave width at 0"):
-        train_checkpoint(str(target), "block", tmp_path, str(text), TINY, width=16)
+        train_checkpoint(str(target), "block", tmp_path / "head", str(text), TINY, width=16)
     with pytest.raises(ConfigError, match="guesses every token"):
-        train_checkpoint(str(target), "block", tmp_path, str(text), TINY, draft_vocab_size=20)
+        train_checkpoint(str(target), "block", tmp_path / "head", str(text), TINY, draft_vocab_size=20)
