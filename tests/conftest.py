@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from specdec import draft
 from specdec.controller import AUTO, DEFAULT_DRAFT_TOKENS, Controller
 from specdec.engine import Engine
 
@@ -30,3 +31,9 @@ def _drafts_of_four(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         return choose(self, DEFAULT_DRAFT_TOKENS if num_draft_tokens == AUTO else num_draft_tokens, greedy=greedy)
 
     monkeypatch.setattr(Engine, "controller", fixed)
+
+
+@pytest.fixture
+def believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laws that a drafter reports are taken as they are: a test of texts must notice by itself what is planted there."""
+    monkeypatch.setattr(draft, "_are_laws", lambda probs, tokens: True)

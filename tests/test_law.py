@@ -230,6 +230,7 @@ WRONG_DRAFTS: dict[str, Callable[[Draft], Draft]] = {
 }
 
 
+@pytest.mark.usefixtures("believed")
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 @pytest.mark.parametrize("wrong", list(WRONG_DRAFTS))
 def test_the_test_notices_a_drafter_that_misreports_its_law(wrong: str, rule: str) -> None:

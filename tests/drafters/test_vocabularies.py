@@ -488,6 +488,7 @@ WRONG: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.usefixtures("believed")
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_the_test_notices_a_law_that_was_moved_wrongly(wrong: str, rule: str) -> None:

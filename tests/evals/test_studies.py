@@ -238,6 +238,7 @@ def test_numbers_that_differ_are_told_apart(changes: dict[str, Any], is_same: bo
     assert quality.same(NUMBERS, replace(NUMBERS, **changes), torch.float32) is is_same
 
 
+@pytest.mark.usefixtures("believed")
 def test_samples_of_a_wrong_drafter_have_other_nats() -> None:
     """A planted error: guesses passed off as certain enough to be kept whatever the target says."""
     prompts = [*PROMPTS, [0, 1, 2]] * 4
