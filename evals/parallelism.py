@@ -38,6 +38,7 @@ from specdec.engine import Engine
 from specdec.lm.base import CachedLM
 from specdec.lm.native import NativeLM
 from specdec.load import load
+from specdec.machine import single_threaded
 from specdec.nn.gpt import GPT, Attention, Block, rotary, rotate
 from specdec.nn.lstm import LSTM, Cells, LSTMConfig, Trainable
 from specdec.report import write_figures
@@ -293,7 +294,7 @@ def measure(target: GPT, draft: GPT, prompt: Sequence[int], sizes: Sizes, shape:
     found: dict[str, Any] = {"parameters": {name: parameters(model) for name, model in both.items()}}
     found["by_length"] = learning_speeds(both, rows, sizes.rounds)
     found["by_layout"] = learning_speeds(both, laid_out, sizes.rounds)
-    with one_thread():
+    with single_threaded():
         found["by_layout_on_one_core"] = learning_speeds(both, laid_out, sizes.rounds)
     ways = {"whole": learn_whole, "by position": learn_by_position}
     times = seconds_of({(n, w): _run(learn, m, text) for n, m in both.items() for w, learn in ways.items()}, 1)
@@ -315,17 +316,6 @@ def learning_speeds(
     runs = {(n, key): _run(learn_whole, m, batch) for key, batch in batches.items() for n, m in both.items()}
     times = seconds_of(runs, rounds)
     return {name: {key: batch[:, 1:].numel() / times[name, key] for key, batch in batches.items()} for name in both}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one core, and afterwards on as many as before."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run(learn: Callable[[Trainable, Tensor], Tensor], model: Trainable, batch: Tensor) -> Callable[[], object]:

@@ -83,7 +83,7 @@ def test_a_block_in_parts_is_the_block(both: Mapping[str, Trainable], monkeypatc
 def test_one_core_is_what_is_measured() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    with parallelism.one_thread():
+    with parallelism.single_threaded():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
