@@ -17,7 +17,8 @@ _OCCUPIED: set[int] = set()  # ids of those that a call under way uses, and so k
 @contextmanager
 def occupied(target: CachedLM, drafter: Drafter | None) -> Iterator[None]:
     """Keep a target, and a drafter with its model, for the block. Raises ``ConfigError`` if another call has one of them."""
-    parts = {id(part) for part in (target, drafter, getattr(drafter, "lm", None)) if part is not None}
+    inner = getattr(drafter, "model", drafter)  # of a hybrid, the drafter that runs one
+    parts = {id(part) for part in (target, drafter, inner, getattr(inner, "lm", None)) if part is not None}
     with _LOCK:
         if parts & _OCCUPIED or any(target.lengths):
             raise ConfigError(

@@ -104,11 +104,16 @@ def test_a_model_is_kept_while_rows_wait_and_none_lives() -> None:
     assert texts == plain() == second.generate(PROMPTS, max_new_tokens=NEW).token_ids
 
 
-@pytest.mark.parametrize("shared", ["drafter", "model"])
+@pytest.mark.parametrize("shared", ["drafter", "model", "model of a hybrid"])
 def test_a_draft_model_is_kept_too(shared: str) -> None:
     drafter = ModelDrafter(draft_model())
     first = Engine(native(tiny_gpt(0)), drafter)
-    second = Engine(native(tiny_gpt(0)), drafter if shared == "drafter" else ModelDrafter(drafter.lm))
+    others = {
+        "drafter": drafter,
+        "model": ModelDrafter(drafter.lm),
+        "model of a hybrid": HybridDrafter(ModelDrafter(drafter.lm), SuffixDrafter()),
+    }
+    second = Engine(native(tiny_gpt(0)), others[shared])
     stream = first.stream(PROMPTS, max_new_tokens=NEW)
     next(stream)
     with pytest.raises(ConfigError, match="middle of a stream"):
