@@ -5,8 +5,9 @@ python benchmarks/never_slower.py [--models pair wide] [--batch 1 4 8 16 32] [--
 Every cell: plain decoding, twice (so that one sees what chance does), and chosen lengths with a good draft, a useless one
 (random weights), a lookup in text that does not repeat itself (sampled at a high temperature), and, with ``--sweep``,
 fixed lengths 1 to 8 with the good draft.
-Interleaved rounds after one to warm up. Writes benchmarks/results/never_slower.json after every cell, where those of other
-models and batches stay.
+Interleaved rounds after one to warm up, as many as fit into ``--seconds`` per table: on a machine that others use as well,
+runs of a tenth of a second differ by far more than what is promised here. Writes ``--out`` after every table; what is
+there of other models and batches stays.
 """
 
 from __future__ import annotations
@@ -79,18 +80,25 @@ def unrepeated(engine: Engine, new_tokens: int) -> dict[str, Method]:
     }
 
 
+def rounds_within(seconds: float, least: int, methods: dict[str, Method], prompts: list[list[int]]) -> int:
+    """How many rounds of all methods take so long; ``least`` at least."""
+    return max(least, int(seconds / sum(method(prompts).seconds for method in methods.values())))
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=["pair", "wide"], default=["pair", "wide"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 32])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="at least")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of every table")
     parser.add_argument("--new-tokens", type=int, help="default: 256 with the pair, 64 with the large target")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: results/never_slower.json beside this file")
     given = parser.parse_args()
     console = Console(width=100)
     here = {(models, batch) for models in given.models for batch in given.batch}
-    before = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+    before = json.loads(given.out.read_text(encoding="utf-8"))["rows"] if given.out.exists() else []
     before = [row for row in before if (row["models"], row["batch"]) not in here]
     rows: list[dict[str, object]] = []
     for models in given.models:
@@ -103,14 +111,15 @@ def main() -> None:
         for batch in given.batch:
             for temperature in (0.0, 1.0):
                 methods = ways(engine, useless, temperature, new_tokens, given.sweep)
-                found = bench.compare(methods, prompts[:batch], rounds=given.rounds, temperature=temperature)
+                rounds = rounds_within(given.seconds, given.rounds, methods, prompts[:batch])
+                found = bench.compare(methods, prompts[:batch], rounds=rounds, temperature=temperature)
                 if temperature:
                     found += bench.compare(
-                        unrepeated(engine, new_tokens), prompts[:batch], rounds=given.rounds, temperature=NEVER_REPEATS
+                        unrepeated(engine, new_tokens), prompts[:batch], rounds=rounds, temperature=NEVER_REPEATS
                     )[1:]
                 console.print(bench.table(found, models))
                 rows += [{"models": models, **m.as_dict()} for m in found]
-                write_figures(RESULTS, {"rows": before + rows})
+                write_figures(given.out, {"rows": before + rows})
     chosen = [row for row in rows if row["method"] not in (bench.PLAIN, AGAIN) and "k=" not in str(row["method"])]
     slower = [row for row in chosen if float(str(row["speedup"])) < LEAST]
     console.print(f"{len(slower)} of {len(chosen)} cells below {LEAST} of plain decoding")

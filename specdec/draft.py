@@ -67,7 +67,7 @@ class Draft:
         if len(wrong := lengths[(lengths < 0) | (lengths > self.tokens.shape[1])]):
             raise ConfigError(f"{name} proposed lengths of {int(wrong[0])} of {self.tokens.shape[1]} tokens")
         tokens, probs = self.tokens[:, :width].long(), None if self.probs is None else self.probs[:, :width]
-        parents = self.parents and [own[:count] for own, count in zip(self.parents, lengths.tolist(), strict=True)]
+        parents = None if self.parents is None else _parents(self.parents, lengths.tolist(), name)
         draft = Draft(tokens, lengths, probs, parents)
         if len(wrong := tokens[draft.is_drafted & ((tokens < 0) | (tokens >= vocab_size))]):
             raise ConfigError(f"{name} proposed token id {int(wrong[0])}; the target knows 0 to {vocab_size - 1}")
@@ -76,8 +76,6 @@ class Draft:
                 f"{name} proposed tokens with probs that they cannot be drawn from; expected numbers >= 0 that sum to 1 over "
                 "the vocabulary, more than 0 for the token proposed (None: it is certain)"
             )
-        if parents and any(not -1 <= parent < i for own in parents for i, parent in enumerate(own)):
-            raise ConfigError(f"{name} proposed parents {parents}; expected places of earlier tokens, or -1")
         return replace(draft, tokens=tokens.where(draft.is_drafted, 0))
 
     @cached_property
@@ -186,6 +184,18 @@ def _expect(given: object, what: str, shape: tuple[int | None, ...], name: str, 
         wanted = ", ".join("K" if size is None else str(size) for size in shape)
         kind = "float" if is_law else "integer"
         raise ConfigError(f"{name} proposed {what} {found}, expected a tensor of {kind} numbers [{wanted}]")
+
+
+def _parents(given: list[list[int]], lengths: list[int], name: str) -> list[list[int]]:
+    """Those of the first ``lengths[b]`` tokens of each row. Raises ``ConfigError`` for what makes no trees of them."""
+    if len(given) != len(lengths) or any(len(own) < count for own, count in zip(given, lengths, strict=True)):
+        raise ConfigError(
+            f"{name} proposed parents of {[len(own) for own in given]} tokens, expected one for every token: {lengths}"
+        )
+    parents = [own[:count] for own, count in zip(given, lengths, strict=True)]
+    if any(not -1 <= parent < i for own in parents for i, parent in enumerate(own)):
+        raise ConfigError(f"{name} proposed parents {parents}; expected places of earlier tokens, or -1")
+    return parents
 
 
 def _are_laws(probs: Tensor, tokens: Tensor) -> bool:

@@ -121,6 +121,7 @@ class Engine:
 
     def _call(self, prompts: Prompts, attention_mask: Tensor | None, given: dict[str, Any], *, streaming: bool) -> Call:
         settings = Settings.of(given)
+        self.target.check_weights()
         if self.target.encodes:
             requests = encoded_requests(prompts, attention_mask, settings, self.limits, self.tokenizer, self.target)
         else:

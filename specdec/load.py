@@ -66,7 +66,8 @@ def load(
         those are run as they are.
 
     The engine of a model that came as an object keeps a packed copy of its weights: after changing them (training goes
-    on, an adapter is merged) call ``load`` again. ``specdec.plugin.generate`` takes the weights as they are in each call.
+    on, an adapter is merged) call ``load`` again. A call that notices a change raises ``ModelError``; writes through
+    ``.data`` go unnoticed. ``specdec.plugin.generate`` takes the weights as they are in each call.
 
     Raises ``CheckpointError`` (missing or damaged), ``ModelError`` (weights not finite, cannot be run exactly),
     ``VocabularyError`` (target and draft share no token, or a tokenizer is missing), ``ConfigError`` (unknown dtype,

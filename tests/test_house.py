@@ -26,6 +26,7 @@ LAYERS = [
         "stats",
         "tree",
         "lm.features",
+        "lm.weights",
         "lm.cache",
         "lm.clock",
         "lm.base",

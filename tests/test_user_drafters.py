@@ -99,6 +99,10 @@ def without(token: int) -> torch.Tensor:
         (Draft(TOKENS, LENGTHS, 10 * EVEN), "sum to 1"),
         (Draft(TOKENS, LENGTHS, EVEN * float("nan")), "sum to 1"),
         (Draft(TOKENS, LENGTHS, without(7)), "more than 0 for the token proposed"),
+        (Draft(TOKENS, LENGTHS, parents=[[-1, 0]] * 2), "parents of \\[2, 2\\] tokens, expected one for every token"),
+        (Draft(TOKENS, LENGTHS, parents=[[-1, 0], [-1], [-1, 0]]), "parents of \\[2, 1, 2\\] tokens"),
+        (Draft(TOKENS, LENGTHS, parents=[]), "parents of \\[\\] tokens"),
+        (Draft(TOKENS, LENGTHS, parents=[[-1, 1]] * 3), "places of earlier tokens"),
     ],
 )
 def test_what_is_no_draft_is_said(found: Any, said: str) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from specdec.draws import Drawing
-from specdec.errors import ConfigError, PromptError
+from specdec.errors import ConfigError, ModelError, PromptError
 from specdec.limit import read_bandwidth
 from specdec.lm.clock import Clock
 from specdec.lm.features import Features
+from specdec.lm.weights import PackedFrom
 from specdec.rounds import Played, Rounds
 from specdec.tree import Branches
 
@@ -40,6 +41,7 @@ class CachedLM(ABC):
     feature_layers = 0  # how many layers, from the first on, ``tap`` may name
     feature_size = 0  # numbers per token and layer
     in_bytes = False  # whether weights are rounded to one byte each
+    packed_from: PackedFrom | None = None  # whose weights were copied, or are remembered by what they made of texts
 
     def __init__(self, vocab_size: int, context: int, device: torch.device, dtype: torch.dtype) -> None:
         self.vocab_size, self.context = vocab_size, context
@@ -59,6 +61,14 @@ class CachedLM(ABC):
     def forward_seconds(self) -> float:
         """Time spent in the model; asking for it waits for a GPU to finish."""
         return self.clock.seconds
+
+    def check_weights(self) -> None:
+        """Raises ``ModelError`` if the model that this one was made of has other weights by now."""
+        if self.packed_from is not None and self.packed_from.has_changed:
+            raise ModelError(
+                "the model's weights have changed since it was loaded, and the engine has a copy of them as they were: "
+                "call specdec.load again"
+            )
 
     @torch.inference_mode()
     def reserve(self, rows: int, length: int) -> None:

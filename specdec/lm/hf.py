@@ -32,6 +32,7 @@ from specdec.lm.cache import RaggedCache
 from specdec.lm.clock import Clock
 from specdec.lm.encdec import EncoderDecoderLM
 from specdec.lm.rowwise import MECHANISMS, RowwiseLM
+from specdec.lm.weights import PackedFrom
 from specdec.nn.packed import packed_copy
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (row, head, query, key) -> may it look there
@@ -68,6 +69,7 @@ class HFLM(CachedLM):
             self._clear()
             try:
                 probe.admit(self, model, partial(_plain, model), self._more_to_ask)
+                self.packed_from = PackedFrom(model) if self.packed else None
                 return
             except probe.Refused:
                 if not self.packed:

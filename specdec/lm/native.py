@@ -15,6 +15,7 @@ from specdec.lm.base import CachedLM
 from specdec.lm.cache import RaggedCache
 from specdec.lm.cpu import CpuLM
 from specdec.lm.recurrent import RecurrentLM
+from specdec.lm.weights import PackedFrom
 from specdec.machine import fast_dtype
 from specdec.nn.cpu import kernels
 from specdec.nn.gpt import GPT
@@ -24,8 +25,12 @@ from specdec.nn.packed import pack_linears
 
 def native_lm(model: GPT | LSTM) -> CachedLM:
     """``model`` with a cache: a GPT by code made for the processor or GPU where that is possible, else on torch."""
-    if isinstance(model, LSTM):
-        return RecurrentLM(model)
+    lm = RecurrentLM(model) if isinstance(model, LSTM) else _gpt_lm(model)
+    lm.packed_from = PackedFrom(model)
+    return lm
+
+
+def _gpt_lm(model: GPT) -> CachedLM:
     try:
         return _on_gpu(model) if model.embed_tokens.weight.is_cuda else CpuLM(model)
     except LookupError:

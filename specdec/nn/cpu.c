@@ -189,7 +189,7 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
     for (int64_t b = 0; b * BLOCK < length; b++) {
         const elem *keys = block_of(pass, model, row, b, number, group), *values = keys + BLOCK * padded;
         int64_t live = least(BLOCK, length - b * BLOCK); /* scores behind them, and their weights, count for nothing */
-        strip(0, mt, (live + LANES - 1) / LANES, asking, keys, padded * LANES, padded, scores[0], BLOCK, 0, nothing(keys));
+        strip(0, mt, (live + LANES - 1) / LANES, asking, keys, padded * LANES, padded, scores[0], BLOCK, 0, (Wanted){0});
         for (int m = 0; m < mt; m++) {
             if (last[m] < b * BLOCK)
                 memset(p[m], 0, sizeof p[m]);
@@ -197,7 +197,7 @@ static void attend_tile(const Pass *pass, const Model *model, int64_t number, in
                 soften(scores[m], visible(pass, row, place[m], b), p[m], &largest[m], &sum[m], mixed[m], padded);
         }
         strip(0, mt, padded / LANES, inputs_of(p[0], BLOCK, mt, BLOCK, weights), values, BLOCK * LANES, pad_pair(live), mixed[0], padded, 1,
-              nothing(values));
+              (Wanted){0});
     }
     for (int m = 0; m < mt; m++) {
         elem *out = pass->h + place[m] * pass->ld_h + (group * share + (begin + m) % share) * size;

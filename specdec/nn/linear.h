@@ -12,6 +12,7 @@
 #define TILE (REGISTERS == 32 ? 13 : 6) /* the most tokens that share one reading of a weight */
 #define HALF 6   /* as many of them as have registers for sums with four blocks, or two of sixteen registers: faster where there are several tiles */
 #define FAR 2048 /* bytes of a block of a weight, to be asked for ahead of need where there is much to compute with each */
+#define BUSY (REGISTERS == 32 ? HALF : 2) /* tokens of one tile beyond which there is */
 #define CHUNK 512 /* k of a weight that stays in the nearest cache while several tiles read it */
 #define MOST_BLOCKS 8 /* of a weight that are read side by side */
 #define MOST_WIDENED 16384 /* k, so that threads have room on their stacks */
@@ -32,9 +33,15 @@ typedef struct { /* a weight in the layout above */
 #define OFFSET 64
 #endif
 
-typedef struct { /* Two streams of a weight that will be needed next: memory brings them while there is much to compute */
+typedef struct { /* Two streams of a weight that memory is asked for while a tile is computed */
     const char *first, *second;
 } Ahead;
+
+typedef struct { /* What memory is asked for while a strip is computed; zeros: nothing */
+    int64_t far;                 /* bytes behind what is at hand, in its own blocks; or */
+    const char *next;            /* `blocks` others from here on, */
+    int64_t blocks, tiles, tile; /* by each of so many tiles in turn, from `tile` on, its share */
+} Wanted;
 
 /* What products multiply weights with: numbers as they are where an instruction takes them, else float32. */
 #if defined(__AVX512BF16__) || defined(FLOAT32)
@@ -66,8 +73,6 @@ INLINE Inputs inputs_of(const elem *x, int64_t ldx, int64_t mt, int64_t k, input
     return (Inputs){x, ldx};
 #endif
 }
-
-INLINE Ahead nothing(const void *at_hand) { return (Ahead){at_hand, at_hand}; }
 
 /* out[m, LANES n ..] (add: +)= sum over k of x[m, k] w[n, k], for mt tokens and nb blocks of the weight; of one in bytes,
    w is byte + OFFSET - 64 */
@@ -153,14 +158,23 @@ INLINE int blocks_at_once(int mt) { return mt <= 1 ? 8 : mt <= 2 ? 4 : 2; }
 ALL_TILES(0) ALL_TILES(1)
 static Tile *const TILES[2][TILE][4] = {ROWS(0), ROWS(1)};
 
+/* What to ask for while the next tile reads `here`, a block of `row` bytes. */
+static Ahead ahead_of(Wanted *wanted, const char *here, int64_t row) {
+    if (!wanted->next) return (Ahead){here + wanted->far, here + wanted->far + (wanted->far ? row : 0)};
+    int64_t each = (wanted->blocks + wanted->tiles - 1) / wanted->tiles, asked = wanted->tile++ * each;
+    const char *next = wanted->next + asked * row;
+    return (Ahead){asked < wanted->blocks ? next : here, each > 1 && asked + 1 < wanted->blocks ? next + row : here};
+}
+
 /* mt <= TILE tokens and any number of blocks; a token's sums do not depend on how the blocks are taken together. */
 static void strip(int bytes, int mt, int64_t blocks, Inputs of, const void *w, int64_t ldw, int64_t k, float *out,
-                  int64_t ldo, int add, Ahead ahead) {
+                  int64_t ldo, int add, Wanted wanted) {
     int64_t row = ldw * (bytes ? 1 : sizeof(elem));
     for (int64_t n = 0; n < blocks;) {
         int size = blocks_at_once(mt), place = size == 8 ? 3 : size == 4 ? 2 : 1;
         while (size > blocks - n) size /= 2, place--;
-        TILES[bytes][mt - 1][place](of.x, of.ld, (const char *)w + n * row, ldw, k, out + n * LANES, ldo, add, ahead);
+        const char *here = (const char *)w + n * row;
+        TILES[bytes][mt - 1][place](of.x, of.ld, here, ldw, k, out + n * LANES, ldo, add, ahead_of(&wanted, here, row));
         n += size;
     }
 }
@@ -215,16 +229,14 @@ INLINE const char *weight_at(const Linear *by, int64_t n, int64_t i) {
     return (const char *)by->weight + (n * by->k + i) * LANES * (by->scale ? 1 : sizeof(elem));
 }
 
-/* What to ask for while tile `t` reads a strip, `count` blocks of a weight from n on, k from i on. */
-INLINE Ahead look_ahead(const Linear *by, const Cut *cut, int64_t n, int64_t count, int64_t i, int64_t t) {
-    int64_t each = (count + cut->tiles - 1) / cut->tiles, asked = t * each, is_within = i + cut->chunk < by->k;
-    const char *here = weight_at(by, n, i), *next = is_within ? weight_at(by, n, i + cut->chunk) : weight_at(by, n + count, 0);
-    int64_t apart = weight_at(by, 1, 0) - weight_at(by, 0, 0);
-    if (by->scale) return nothing(here);
-    if (cut->tiles == 1 && cut->height > HALF) return (Ahead){here + FAR, here + apart + FAR};
-    if (cut->tiles == 1 || next >= weight_at(by, by->n / LANES, 0)) return nothing(here);
-    return (Ahead){asked < count ? next + asked * apart : here,
-                   each > 1 && asked + 1 < count ? next + (asked + 1) * apart : here};
+/* What to ask for while tokens of tile `t` are computed with a strip, `count` blocks of a weight from n on, k from i on. */
+INLINE Wanted wanted_by(const Linear *by, const Cut *cut, int64_t n, int64_t count, int64_t i, int64_t t) {
+    int64_t is_within = i + cut->chunk < by->k, size = blocks_at_once(cut->height), parts = (count + size - 1) / size;
+    const char *next = is_within ? weight_at(by, n, i + cut->chunk) : weight_at(by, n + count, 0);
+    if (by->scale) return (Wanted){0};
+    if (cut->tiles == 1) return (Wanted){.far = cut->height > BUSY ? FAR : 0};
+    if (next >= weight_at(by, by->n / LANES, 0)) return (Wanted){0};
+    return (Wanted){.next = next, .blocks = count, .tiles = cut->tiles * parts, .tile = t * parts};
 }
 
 /* out[M, n] = (add: out +) x[M, k] w^T (+ bias), by all threads of a parallel region, which do not wait for each other */
@@ -246,7 +258,7 @@ static void linear(const Linear *by, int64_t tokens, const elem *x, int64_t ldx,
                         inputs = inputs_of(x + m * ldx + i, ldx, mt, length, room);
                     strip(!!by->scale, mt, count, inputs, weight_at(by, n, i), by->k * LANES, length,
                           by->scale ? sums[m - g] : out + m * ldo + n * LANES, by->scale ? MOST_BLOCKS * LANES : ldo,
-                          i || (add && !by->scale), look_ahead(by, &cut, n, count, i, m / cut.height));
+                          i || (add && !by->scale), wanted_by(by, &cut, n, count, i, m / cut.height));
                 }
             float *to = out + g * ldo + n * LANES;
             if (by->scale)

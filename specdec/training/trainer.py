@@ -364,10 +364,10 @@ def _check_identity(found: str, expected: str, out: Path) -> None:
 
 
 def _prepare(out: Path, resume: bool) -> None:
-    """Refuse to replace a folder that no run of ours wrote; without ``resume``, remove what an earlier run wrote."""
-    for path in (out / "target", out / "draft"):
-        if path.exists() and not (path / files.MANIFEST).exists():
-            raise ConfigError(f"{path} exists and was not written by a training run; choose another output folder")
+    """Refuse to delete what no run of ours wrote; without ``resume``, remove what an earlier run wrote."""
+    if not (resume and (out / REPORT).exists()):  # else the run is finished, and nothing is written
+        for name in ("target", "draft"):
+            files.refuse_others(out / name, lambda folder: True)
     if resume:
         return
     for name in (REPORT, LOG, CURVES):

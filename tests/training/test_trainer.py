@@ -116,6 +116,16 @@ def test_folders_of_others_are_left_alone(tmp_path: Path, toy_recipe: Recipe, re
     assert (tmp_path / "target" / "precious").read_text() == "data"
 
 
+def test_what_others_put_beside_trained_weights_is_left_alone(tmp_path: Path, toy_recipe: Recipe) -> None:
+    report = train(toy_recipe, tmp_path, progress=False)
+    notes = tmp_path / "draft" / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds notes.txt, which no training run wrote"):
+        train(toy_recipe, tmp_path, progress=False, resume=False)
+    assert train(toy_recipe, tmp_path, progress=False) == report
+    assert notes.read_text() == "mine"
+
+
 def new_run(recipe: Recipe, out: Path | None = None) -> Run:
     out = out or Path(recipe.data.path).parent
     return Run(recipe, data.gather("path", Path(recipe.data.path)), "id", 0.0, Parallel(recipe.train, out), out)
