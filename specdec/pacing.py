@@ -10,9 +10,9 @@ _NEW_UPKEEP, _NEW_ALONE = 0.02, 0.1
 _MANY = 32  # drafted steps together, from which they say what deciding takes in the long run
 
 # Plain passes before drafts are considered again: about twice as many each time, 2 ** n - 1, so that with the pass that
-# follows calls of compiled rounds are powers of two.
+# follows calls of compiled rounds are powers of two. Where the drafter looks at the text, any token may change the verdict:
+# no more passes then than keep deciding to _SHARE of their time.
 _FIRST_WAIT, _LONGEST_WAIT = 3, 63
-_LONGEST_WATCHFUL = 31  # where the drafter looks at the text, and any token may change the verdict
 _LONGEST_COSTLY = 1023  # where a decision takes more than _SHARE of the wait
 _SHARE = 0.005
 # Where deciding is costly the first wait is as long as keeps it to that share; longer where drafts promised less than _FAR
@@ -70,10 +70,11 @@ class PlainBackoff:
         may_change: any token of the text may change that; most: passes until rows end that have so few before them that
         the wait says nothing of others, else None.
         """
-        longest = _LONGEST_WATCHFUL if may_change and not deciding.is_costly else _LONGEST_WAIT
-        longest = max(longest, min(int(deciding.share / _SHARE), _LONGEST_COSTLY))
+        longest = min(int(deciding.share / _SHARE), _LONGEST_COSTLY)
+        if deciding.is_costly or not may_change:
+            longest = max(longest, _LONGEST_WAIT)
         first = int(deciding.share / (_FIRST_SHARE_FAR if promise < _FAR else _FIRST_SHARE))
-        self.left = max(self._next, min(first, longest))
+        self.left = min(max(self._next, first), longest)
         if most is not None:
             self.left = min(self.left, most)
             return

@@ -24,7 +24,13 @@ def rests(share: float, promise: float, count: int, *, may_change: bool = False)
 
 def test_rests_grow_while_drafts_do_not_pay() -> None:
     assert rests(0.01, 0.9, 6) == [3, 7, 15, 31, 63, 63]
-    assert rests(0.01, 0.9, 6, may_change=True) == [3, 7, 15, 31, 31, 31]
+
+
+def test_where_any_token_may_change_the_verdict_rests_are_as_short_as_deciding_allows() -> None:
+    assert rests(0.04, 0.9, 4, may_change=True) == [3, 7, 8, 8]
+    assert rests(0.01, 0.9, 3, may_change=True) == [2, 2, 2]
+    assert rests(0.001, 0.9, 3, may_change=True) == [0, 0, 0]
+    assert rests(0.06, 0.9, 6, may_change=True) == rests(0.06, 0.9, 6), "costly"
 
 
 def test_where_deciding_is_costly_rests_are_long_at_once_and_longer_where_the_verdict_is_clear() -> None:
