@@ -158,7 +158,7 @@ INLINE int blocks_at_once(int mt) { return mt <= 1 ? 8 : mt <= 2 ? 4 : 2; }
 ALL_TILES(0) ALL_TILES(1)
 static Tile *const TILES[2][TILE][4] = {ROWS(0), ROWS(1)};
 
-/* What to ask for while the next tile reads `here`, a block of `row` bytes. */
+/* What to ask for while the next tile reads from `here` on; its blocks lie `row` bytes apart. */
 static Ahead ahead_of(Wanted *wanted, const char *here, int64_t row) {
     if (!wanted->next) return (Ahead){here + wanted->far, here + wanted->far + (wanted->far ? row : 0)};
     int64_t each = (wanted->blocks + wanted->tiles - 1) / wanted->tiles, asked = wanted->tile++ * each;
